@@ -1,0 +1,46 @@
+"""Block scales as the kernels take them: plain float32, or double-quantized (QLoRA, section 3)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SECOND_LEVEL_BLOCK = 256  # scales that share one second-level absmax
+
+
+class DoubleQuantScales(NamedTuple):
+    """Scales stored as 8-bit codes of a second quantization.
+
+    The scale at row `n`, block `b` of this array is
+    `table[codes[n, b]] * absmax[i // 256] + offset` in float32 (two roundings), where `i` is its
+    flat position in the whole weight: `i = (origin[0] + n) * pitch + origin[1] + b`.
+
+    Attributes:
+        codes: uint8 [N, K // block_size].
+        absmax: float32 [ceil(rows * pitch / 256)], of the whole weight.
+        offset: float32 scalar.
+        table: float32 [256], the 8-bit code table.
+        origin: int32 [2], the row and block at which a shard of a larger weight starts; None is (0, 0).
+        pitch: int, blocks in a row of the whole weight; None is `codes.shape[-1]`.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+    offset: jax.Array
+    table: jax.Array
+    origin: jax.Array | None = None
+    pitch: int | None = None
+
+
+def decode_scales(scales: jax.Array | DoubleQuantScales) -> jax.Array:
+    """Return the float32 scales [N, K // block_size] of either form."""
+    if not isinstance(scales, DoubleQuantScales):
+        return scales
+    codes, absmax, offset, table, origin, pitch = scales
+    rows, blocks = codes.shape
+    row = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0)
+    block = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1)
+    if origin is not None:
+        row, block = row + origin[0], block + origin[1]
+    group = (row * (pitch or blocks) + block) // SECOND_LEVEL_BLOCK
+    return jnp.take(table, codes.astype(jnp.int32)) * jnp.take(absmax, group) + offset
