@@ -12,7 +12,7 @@ IS_312 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null
 PYTHON = $(shell for p in $(BIN)/python python3.12 python3 python; do \
 	command -v $$p >/dev/null 2>&1 && $$p $(IS_312) && { command -v $$p; break; }; done)
 NEED_312 = $(if $(PYTHON),,$(error Python 3.12 was not found as python3.12, python3 or python; install it first))
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 
 .PHONY: help venv demo test test-all test-oldest test-gpu lint format bench clean
 
