@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.lookup import lookup
+
 SECOND_LEVEL_BLOCK = 256  # scales that share one second-level absmax
 
 
@@ -37,10 +39,20 @@ def decode_scales(scales: jax.Array | DoubleQuantScales) -> jax.Array:
     if not isinstance(scales, DoubleQuantScales):
         return scales
     codes, absmax, offset, table, origin, pitch = scales
-    rows, blocks = codes.shape
+    values = lookup(table, codes)
+    if origin is None and pitch is None:  # the flat order is this array's own
+        padding = -codes.size % SECOND_LEVEL_BLOCK
+        groups = jnp.pad(values.reshape(-1), (0, padding)).reshape(-1, SECOND_LEVEL_BLOCK)
+        products = (groups * absmax[:, None]).reshape(-1)[: codes.size].reshape(codes.shape)
+        return _add_rounded(products, offset)
     row = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0)
     block = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1)
     if origin is not None:
         row, block = row + origin[0], block + origin[1]
-    group = (row * (pitch or blocks) + block) // SECOND_LEVEL_BLOCK
-    return jnp.take(table, codes.astype(jnp.int32)) * jnp.take(absmax, group) + offset
+    group = (row * (pitch or codes.shape[-1]) + block) // SECOND_LEVEL_BLOCK
+    return _add_rounded(values * lookup(absmax, group), offset)
+
+
+def _add_rounded(product: jax.Array, offset: jax.Array) -> jax.Array:
+    # Two roundings, as in bitsandbytes: the barrier keeps the compiler from a fused multiply-add.
+    return jax.lax.optimization_barrier(product) + offset
