@@ -1,0 +1,10 @@
+"""qjax: 4-bit weights, LoRA and fast matrix products for JAX and Flax."""
+
+from qjax.core.blockwise import quantize as quantize
+from qjax.core.config import QuantConfig as QuantConfig
+from qjax.core.qtensor import QTensor as QTensor
+from qjax.ops.matmul import einsum as einsum
+from qjax.ops.matmul import matmul as matmul
+from qjax.ops.take import take as take
+
+__version__ = "0.1.0"

@@ -73,9 +73,7 @@ def _flushed(x: jax.Array, bits: jax.Array) -> jax.Array:
     return jnp.where(subnormal, jnp.copysign(np.float32(2.0**-80), x), x)
 
 
-def quantize(
-    w: jax.Array, codebook: np.ndarray, *, block_size: int
-) -> tuple[jax.Array, jax.Array]:
+def quantize(w: jax.Array, codebook: np.ndarray, *, block_size: int) -> tuple[jax.Array, jax.Array]:
     """Quantize rows in blocks of `block_size` along the last axis.
 
     Args:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dequantize.reference import dequantize as dequantize_rows
+from pallas_kernels import dequantize as dequantize_rows
 from pallas_kernels.lookup import lookup
 from pallas_kernels.packing import unpack
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK, decode_scales
