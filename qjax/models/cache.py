@@ -42,12 +42,12 @@ def init_cache(
             return jnp.zeros((layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
-    return KVCache(
-        zeros(), zeros(), jnp.zeros((batch, slots), jnp.bool_), jnp.zeros((), jnp.int32)
-    )
+    return KVCache(zeros(), zeros(), jnp.zeros((batch, slots), jnp.bool_), jnp.zeros((), jnp.int32))
 
 
-def write(cache: KVCache, layer, k: jax.Array, v: jax.Array) -> tuple[KVCache, jax.Array, jax.Array]:
+def write(
+    cache: KVCache, layer, k: jax.Array, v: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array]:
     """Write k, v [B, T, kv_heads, head_dim] at the cache's length; return the layer's whole k and v.
 
     `layer` is an int for a tuple cache, and may be traced for a stacked one. `valid` and `length`

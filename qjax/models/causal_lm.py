@@ -30,9 +30,7 @@ class CausalLM(nnx.Module):
         (1, 4, 32)
     """
 
-    def __init__(
-        self, config: ModelConfig, *, dtype=jnp.float32, param_dtype=None, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, param_dtype=None, rngs: nnx.Rngs):
         param_dtype = dtype if param_dtype is None else param_dtype
         kinds = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config

@@ -41,7 +41,9 @@ def _llama3(freqs: np.ndarray, config: RopeConfig) -> np.ndarray:
     return ((1 - kept) * freqs / config.factor + kept * freqs).astype(np.float32)
 
 
-def rotation(config: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotation(
+    config: RopeConfig, head_dim: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return float32 cosines and sines [B, T, 1, head_dim / 2] of int32 positions [B, T]."""
     freqs = jnp.asarray(frequencies(config, head_dim))
     angles = positions.astype(jnp.float32)[:, :, None, None] * freqs[None, None, None, :]
