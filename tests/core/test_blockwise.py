@@ -10,7 +10,7 @@ from qjax.core.codebook import CODEBOOKS
 
 
 def nearest(blocks, table):
-    """The quantization of float64 [..., block]: each value to the nearest table entry times absmax."""
+    """Quantize float64 [..., block]: each value to the nearest table entry times absmax."""
     absmax = np.abs(blocks).max(-1, keepdims=True)
     scaled = blocks / np.where(absmax == 0, 1, absmax)
     return table[np.abs(scaled[..., None] - table).argmin(-1)] * absmax
@@ -73,7 +73,9 @@ def test_stacked_weights_are_their_slices(rng, shape, double_quant):
     assert q.shape == shape
     for index in np.ndindex(shape[:batch]):
         one = qjax.quantize(w[index], cfg)
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a: a[index], q), one)
+        jax.tree.map(
+            np.testing.assert_array_equal, jax.tree.map(lambda a, index=index: a[index], q), one
+        )
         np.testing.assert_array_equal(q.dequantize()[index], one.dequantize())
 
 
