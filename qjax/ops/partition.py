@@ -56,7 +56,7 @@ def product(block_size: int, transpose: bool, implementation: str | None):
 
 def _local(x, packed, scales, codebook, *second, origin=None, pitch=None, **how):
     if second:
-        scales = DoubleQuantScales(scales, *second, origin, pitch)
+        scales = DoubleQuantScales(scales, *second, origin=origin, pitch=pitch)
     return pallas_kernels.matmul(x, packed, scales, codebook, **how)
 
 
@@ -87,10 +87,11 @@ def _partitioned(local, block_size: int, transpose: bool, second_count: int):
         shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
         return mesh, run, NamedSharding(mesh, PartitionSpec(batch, kept)), shardings
 
-    wide, narrow = ("m", ("b", "i")), ("m", "n")
+    wide: tuple = ("m", ("b", "i"))
+    narrow: tuple = ("m", "n")
     x, y = (narrow, wide) if transpose else (wide, narrow)
     second = [("groups",), (), ("entries",)][:second_count]
-    operands = (x, ("n", ("b", "j")), ("n", "b"), ("codes",), *second)
+    operands: tuple = (x, ("n", ("b", "j")), ("n", "b"), ("codes",), *second)
     wrapped = custom_partitioning(lambda *operands: local(*operands))
     wrapped.def_partition(
         partition=partition,
