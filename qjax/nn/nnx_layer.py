@@ -32,15 +32,17 @@ class WeightAxes(NamedTuple):
 
     @property
     def out_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes of a slice that are not summed over."""
         slice_shape = self.shape[self.batch_ndim :]
         return tuple(n for i, n in enumerate(slice_shape) if i not in self.contract_axes)
 
     @property
     def contract_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes that are."""
         return tuple(self.shape[self.batch_ndim + i] for i in self.contract_axes)
 
 
-class LoraLayer:
+class LoraLayer(nnx.Module):
     """A layer whose weight may have an adapter: y = layer(x) + scaling * (x A) B.
 
     Attributes:
@@ -91,8 +93,10 @@ class LoraLayer:
                 delattr(self, name)
 
     def float_weight(self, dtype: Any = None) -> jax.Array:
-        """Return the weight with its adapter merged in: dequantize(W) + scaling * A B, in float32
-        rounded once to `dtype` (default: the weight's own)."""
+        """Return the weight with its adapter merged in: dequantize(W) + scaling * A B.
+
+        It is summed in float32 and rounded once to `dtype` (default: the weight's own).
+        """
         variable = getattr(self, self.weight_name)
         q = variable.get_raw_value()
         dtype = jnp.dtype(variable.dtype if dtype is None else dtype)
@@ -126,6 +130,7 @@ class QuantLayer(LoraLayer):
             would give: `dtype`, or else what x and the parameters promote to.
     """
 
+    lora_class: type
     compute_dtype: Any
     unsupported: tuple[str, ...] = ()  # arguments of Flax's class that replace the product
 

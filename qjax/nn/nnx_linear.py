@@ -97,8 +97,10 @@ class LoraLinearGeneral(LoraLayer, nnx.LinearGeneral):
         return lora_matmul(x, a, b, len(self.batch_axis))
 
     def _rows(self, x: jax.Array) -> jax.Array:
-        """Bring the inputs to [*batch, *rest, K]. As Flax does, `axis` pairs with in_features in
-        ascending order."""
+        """Bring the inputs to [*batch, *rest, K].
+
+        As Flax does, `axis` pairs with in_features in ascending order.
+        """
         axis = sorted(i % x.ndim for i in self.axis)
         kept = [i for i in range(x.ndim) if i not in axis]
         sizes = tuple(x.shape[i] for i in axis)

@@ -11,10 +11,8 @@ from qjax.ops import trace
 
 # Metadata that describes the float array's placement or hooks, not the weight.
 _FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "out_sharding", "sharding_rules", "mesh")
-_DECODED_OPERATORS = (
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __matmul__ __rmatmul__ __truediv__ "
-    "__rtruediv__ __neg__"
-).split()
+_DECODED_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg")
+_DECODED_OPERATORS += ("matmul", "rmatmul")
 
 
 class QuantParam(nnx.Variable):
@@ -79,11 +77,12 @@ def _decoded_operator(name: str):
         args = [a[...] if isinstance(a, nnx.Variable) else a for a in args]
         return getattr(self.decode(), name)(*args)
 
+    operator.__name__ = name
     return operator
 
 
 for _name in _DECODED_OPERATORS:
-    setattr(QuantParam, _name, _decoded_operator(_name))
+    setattr(QuantParam, f"__{_name}__", _decoded_operator(f"__{_name}__"))
 
 
 def quant_metadata(variable: nnx.Variable) -> dict[str, Any]:
