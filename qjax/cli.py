@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="4-bit models in JAX and Flax.")
 
@@ -29,5 +30,9 @@ def demo(
     try:
         run(output, steps=steps, console=console)
     except (DemoError, ModuleNotFoundError) as error:
-        console.print(f"[bold red]{error}[/]")
+        console.print(Text(str(error), style="bold red"))  # as it is: brackets are no markup
         raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

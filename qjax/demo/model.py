@@ -1,6 +1,5 @@
 """The demo's model: SmolLM2-135M-Instruct from an installed package, its 4 bits, its adapters."""
 
-import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A fresh process that puts saved adapters on the quantized model: `python -m qjax.demo.reload DIR`.
+"""A fresh process that puts saved adapters on the 4-bit model: `python -m qjax.demo.reload DIR`.
 
 Prints the tokens of its answers to the held-out questions as one line of JSON.
 """
