@@ -3,6 +3,8 @@
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.hf.pretrained import from_pretrained as from_pretrained
+from qjax.hf.tokenizer import load_tokenizer as load_tokenizer
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take
