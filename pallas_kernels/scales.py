@@ -22,7 +22,7 @@ class DoubleQuantScales(NamedTuple):
         absmax: float32 [ceil(rows * pitch / 256)], of the whole weight.
         offset: float32 scalar.
         table: float32 [256], the 8-bit code table.
-        origin: int32 [2], the row and block at which a shard of a larger weight starts; None is (0, 0).
+        origin: int32 [2], row and block at which a shard of a larger weight starts; None is 0, 0.
         pitch: int, blocks in a row of the whole weight; None is `codes.shape[-1]`.
     """
 

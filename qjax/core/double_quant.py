@@ -1,4 +1,4 @@
-"""Double quantization: the float32 scales themselves in 8 bits (QLoRA section 3, bitsandbytes' "nested").
+"""Double quantization: the scales themselves in 8 bits (QLoRA section 3; "nested" elsewhere).
 
 The mean of a weight's scales is subtracted; what is left is quantized in flat blocks of 256 with an
 absmax each and the 256-entry "dynamic" table, whose step shrinks towards zero.
@@ -89,7 +89,7 @@ def _grid_codes() -> np.ndarray:
 
 
 def kernel_scales(scales: jax.Array | DoubleQuant) -> jax.Array | DoubleQuantScales:
-    """Return the scales of one slice, of any shape [*rows, blocks], as the kernels take them: [N, blocks]."""
+    """Return the scales [*rows, blocks] of one slice as the kernels take them: [N, blocks]."""
     if not isinstance(scales, DoubleQuant):
         return scales.reshape(-1, scales.shape[-1])
     codes = scales.codes.reshape(-1, scales.codes.shape[-1])

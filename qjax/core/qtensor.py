@@ -3,8 +3,9 @@
 Two layouts hold the codes of one slice, whose contract axes (the ones a matmul sums over) are
 flattened to K and whose other axes are the outputs:
 
-- "rows", whenever `K % block_size == 0`: `packed` uint8 [*out, K / 2], scales [*out, K / block_size].
-  Blocks run along K. For a torch weight [out, in] these are bitsandbytes' own bytes, reshaped.
+- "rows", whenever `K % block_size == 0`: `packed` uint8 [*out, K / 2] and scales
+  [*out, K / block_size]. Blocks run along K. For a torch weight [out, in] these are bitsandbytes'
+  own bytes, reshaped.
 - "flat", otherwise: the weight in [*out, K] order as one line, whose blocks straddle rows and whose
   last may be short: `packed` [ceil(size / 2)], scales [ceil(size / block_size)].
 

@@ -131,7 +131,7 @@ def parse(equation: str, x_ndim: int, q_ndim: int) -> tuple[list[str], list[str]
 
 
 def _sums_over(contract, other, x_axes, out_axes) -> bool | None:
-    """Return False for a sum over the contract axes alone, True for the others, None for neither."""
+    """Return False for a sum over exactly the contract axes, True for the others, else None."""
     for transpose, (summed, kept) in enumerate([(contract, other), (other, contract)]):
         summed_only = all(a in x_axes and a not in out_axes for a in summed)
         kept_only = all(a in out_axes and a not in x_axes for a in kept)
