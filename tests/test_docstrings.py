@@ -37,6 +37,7 @@ def examples() -> list[doctest.DocTest]:
     found = [
         test
         for module in modules()
+        # A module's own names come before qjax's: pallas_kernels has a matmul too.
         for test in finder.find(module, globs=PUBLIC | NAMES | vars(module))
         if test.examples
     ]
