@@ -61,8 +61,9 @@ def causal_contexts(
         if kind == SLIDING:
             near = _distance(real, length, start) < (config.sliding_window or 0)
             mask, rope = _causal(real, length, start) & near[:, None], config.sliding_rope or rope
-        rotated = config.positions == "rope" and positions is not None
-        angles = rotation(rope, config.head_dim, positions) if rotated else None
+        angles = None
+        if config.positions == "rope" and positions is not None:
+            angles = rotation(rope, config.head_dim, positions)
         contexts[kind] = Context(mask, bias, angles)
     return contexts, cache
 

@@ -89,7 +89,7 @@ def rope_config(data: Data, kind: str | None = None) -> RopeConfig:
     rope = rope.get(kind, rope)
     theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
     partial = rope.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0))
-    common = {"theta": theta, "partial": partial}
+    common: dict[str, Any] = {"theta": theta, "partial": partial}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling == "default":
         return RopeConfig(**common)
@@ -111,7 +111,7 @@ def rope_config(data: Data, kind: str | None = None) -> RopeConfig:
     )
 
 
-def _yarn(data: Data, rope: Data, common: dict[str, float]) -> RopeConfig:
+def _yarn(data: Data, rope: Data, common: dict[str, Any]) -> RopeConfig:
     length, factor = rope.get("original_max_position_embeddings"), rope["factor"]
     attention = rope.get("attention_factor")
     mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")

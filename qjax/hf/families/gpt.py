@@ -14,7 +14,8 @@ def _plain(norm_eps: float, **changes: Any) -> dict[str, Any]:
 
 
 def _names(outside: Names, layer: str, inside: Names) -> Names:
-    return outside | {f"layers/{{}}/{ours}": f"{layer}.{theirs}" for ours, theirs in inside.items()}
+    blocks = {f"layers/{{}}/{ours}": f"{layer}.{theirs}" for ours, theirs in inside.items()}
+    return {**outside, **blocks}
 
 
 def _gpt2(data: Data, _) -> ModelConfig:
