@@ -3,8 +3,13 @@
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.nn.lora import LoraConfig as LoraConfig
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take
+from qjax.swap.merge import dequantize_model as dequantize_model
+from qjax.swap.merge import merge_lora as merge_lora
+from qjax.swap.nnx import add_lora as add_lora
+from qjax.swap.nnx import quantize_model as quantize_model
 
 __version__ = "0.1.0"
