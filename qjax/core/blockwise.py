@@ -11,6 +11,7 @@ from pallas_kernels import quantize as quantize_rows
 from pallas_kernels.packing import pack
 from pallas_kernels.quantize.reference import SMALLEST_SCALE, encode, normalize, to_float32
 from qjax.core.codebook import codebook
+from qjax.core.concrete import is_concrete
 from qjax.core.config import QuantConfig
 from qjax.core.double_quant import quantize_scales
 from qjax.core.qtensor import QTensor, layout_for
@@ -61,7 +62,7 @@ def quantize(
     dtype = jnp.dtype(w.dtype)
     arrays = _quantize(w, cfg.format, cfg.block_size, cfg.double_quant, axes, batch_ndim)
     packed, scales, finite = arrays
-    if check_finite and not isinstance(finite, jax.core.Tracer) and not finite:
+    if check_finite and is_concrete(finite) and not finite:
         raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
     slice_shape = tuple(w.shape[batch_ndim:])
     layout = layout_for(math.prod(slice_shape[i] for i in axes), cfg.block_size)

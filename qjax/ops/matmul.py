@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from qjax.core.double_quant import kernel_scales
+from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
+from qjax.ops.partition import product
 
 
 def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> jax.Array:
@@ -200,22 +201,19 @@ def _product(x, q, transpose, implementation):
 # dL/dx = g W: the same product transposed, from the same packed bytes. There is no dL/dW.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _slice_product(x, q, transpose, implementation):
-    table = jnp.asarray(q.codebook)
     if q.layout == "flat":
         rows = q.dequantize(x.dtype).transpose(*q.out_axes, *q.contract_axes)
         w = rows.reshape(math.prod(q.out_shape), math.prod(q.contract_shape))
         contract = ((1,), (0 if transpose else 1,))
         y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
-    return pallas_kernels.matmul(
-        x,
-        q.packed.reshape(-1, q.packed.shape[-1]),
-        kernel_scales(q.scales),
-        table,
-        block_size=q.block_size,
-        transpose=transpose,
-        implementation=implementation,
-    )
+    scales, second = q.scales, ()
+    if isinstance(scales, DoubleQuant):
+        second = (scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
+        scales = scales.codes
+    packed, scales = (a.reshape(-1, a.shape[-1]) for a in (q.packed, scales))
+    run = product(q.block_size, transpose, implementation)
+    return run(x, packed, scales, jnp.asarray(q.codebook), *second)
 
 
 def _product_fwd(x, q, transpose, implementation):

@@ -6,7 +6,7 @@ by an `include` pattern gets it.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from qjax.core.config import QuantConfig
 from qjax.nn.lora import LoraConfig
@@ -32,9 +32,9 @@ def skip_reason(
         out_size: product of the weight's output axes, which tells a router from a gated MLP.
     """
     if matches(path, cfg.exclude):
-        return f"matches exclude={list(cfg.exclude)}"
+        return f"matches exclude={cfg.exclude}"
     if cfg.include is not None:
-        return None if matches(path, cfg.include) else f"not in include={list(cfg.include)}"
+        return None if matches(path, cfg.include) else f"not in include={cfg.include}"
     if role == "embedding":
         return "embeddings are kept by default"
     if _HEAD.search(path):
@@ -46,7 +46,7 @@ def skip_reason(
     return None
 
 
-def matches(path: str, patterns: Sequence[str] | None) -> bool:
+def matches(path: str, patterns: str | Iterable[str] | None) -> bool:
     """Return whether any of the patterns is found in the path."""
     return any(re.search(pattern, path) for pattern in patterns or ())
 

@@ -52,7 +52,9 @@ def test_einsum(name):
     x, a, b = double(x, a, b)
     w = np.einsum(adapter, a, b)
     np.testing.assert_allclose(y, np.einsum(equation, x, w), **TOLERANCE)
-    np.testing.assert_allclose(lora_weight(*map(jnp.float32, (a, b)), contract, batch), w, rtol=1e-5)
+    np.testing.assert_allclose(
+        lora_weight(*map(jnp.float32, (a, b)), contract, batch), w, rtol=1e-5
+    )
 
 
 def test_take():
