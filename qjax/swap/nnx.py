@@ -49,7 +49,7 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
         >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
         >>> model = quantize_model(model)
         >>> model.layers[0].kernel.q.bits_per_param
-        4.1875
+        4.140625
     """
     found = list(find_layers(model))
     if not found:
