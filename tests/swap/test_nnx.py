@@ -367,8 +367,10 @@ class TestLora:
             plain.kernel[...], w + 3.0 * np.einsum("nhr,rd->nhd", a, b), atol=1e-6
         )
         np.testing.assert_allclose(merged(IDS), before, rtol=1e-3, atol=1e-3)
+        narrow = qjax.merge_lora(model).blocks[0].attn.out
+        assert narrow.kernel.dtype == narrow.bias.dtype == jnp.bfloat16
         np.testing.assert_array_equal(model(IDS), before)  # the model keeps its adapters
-        assert qjax.merge_lora(model).blocks[0].attn.out.kernel.dtype == jnp.bfloat16
+        assert layer.bias.dtype == jnp.float32
 
     def test_dequantize_keeps_adapters(self):
         model = self.model()
