@@ -3,8 +3,14 @@
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.nn.linen import QuantDense as QuantDense
+from qjax.nn.lora import LoraConfig as LoraConfig
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take
+from qjax.swap.linen import add_lora_params as add_lora_params
+from qjax.swap.linen import quantize_params as quantize_params
+from qjax.swap.linen_apply import apply as apply
+from qjax.swap.linen_apply import fused as fused
 
 __version__ = "0.1.0"
