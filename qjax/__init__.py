@@ -3,6 +3,8 @@
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.hf.pretrained import from_pretrained as from_pretrained
+from qjax.hf.tokenizer import load_tokenizer as load_tokenizer
 from qjax.nn.linen import QuantDense as QuantDense
 from qjax.nn.lora import LoraConfig as LoraConfig
 from qjax.ops.matmul import einsum as einsum
@@ -12,5 +14,9 @@ from qjax.swap.linen import add_lora_params as add_lora_params
 from qjax.swap.linen import quantize_params as quantize_params
 from qjax.swap.linen_apply import apply as apply
 from qjax.swap.linen_apply import fused as fused
+from qjax.train import combine as combine
+from qjax.train import lora_mask as lora_mask
+from qjax.train import lora_optimizer as lora_optimizer
+from qjax.train import partition as partition
 
 __version__ = "0.1.0"
