@@ -83,7 +83,7 @@ def target() -> Target:
     return Target(device.platform, device.device_kind, _capability(device))
 
 
-def _capability(device: jax.Device) -> tuple[int, int] | None:
+def _capability(device) -> tuple[int, int] | None:
     text = str(getattr(device, "compute_capability", ""))
     major, _, minor = text.partition(".")
     if device.platform != "gpu" or not (major.isdigit() and minor.isdigit()):

@@ -1,29 +1,46 @@
 """Text generation: one jitted prefill, then the whole decode loop on the device.
 
-Works on any model with `init_cache(batch, slots)`, `hidden(ids, mask, positions=, cache=)` and
-`logits(hidden)`. Knows nothing of how the model stores its weights.
+Works on any `LanguageModel` that is an `nnx.Module`; knows nothing of how it stores its weights.
 
-**Compilations.** Prompts are padded on the left to a bucket of columns (32, 64, 96, ... at most 25 %
-more than needed), and the cache holds a bucket of slots. The prefill is compiled once for each
-(batch size, prompt bucket, slots bucket); the loop once for each (batch size, slots bucket, sampling
-kind, `top_k`). Another prompt, `max_new_tokens`, `temperature`, `top_p`, key or set of up to eight
-stop tokens within the same buckets compiles nothing. Sampling kinds are greedy (`temperature=0`) and
-random, the latter with and without `top_p`.
+**Compilations.** Prompts are padded on the left to a bucket of columns (32, 64, 96, ...; above 256
+at most 25 % more than needed), and the cache holds a bucket of slots. The prefill is compiled once
+for each (batch size, prompt bucket, slots bucket), the loop once for each (batch size, slots
+bucket, kind of sampling, `top_k`). Kinds of sampling are greedy (`temperature=0`) and random, the
+latter with and without `top_p`. Another prompt, `max_new_tokens`, `temperature`, `top_p`, key or
+set of up to eight stop tokens within the same buckets compiles nothing.
 """
 
 import functools
 import numbers
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 _STOP_SLOTS = 8  # stop tokens are padded to a multiple of this
 
 
+class LanguageModel(Protocol):
+    """What `generate` asks of a model."""
+
+    config: Any
+
+    def init_cache(self, batch: int, slots: int) -> Any:
+        """Return an empty key-value cache with an attribute `slots`."""
+
+    def hidden(self, ids, attention_mask=None, *, positions=None, cache=None) -> Any:
+        """Return the last stream [B, T, hidden] and the cache with the tokens appended."""
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Return float32 [..., vocab]."""
+        ...
+
+
 def generate(
-    model: nnx.Module,
+    model: LanguageModel,
     ids,
     attention_mask=None,
     *,
@@ -52,13 +69,16 @@ def generate(
         int32 [B, T + max_new_tokens]: `ids`, then the new tokens (after right padding too).
 
     Raises:
-        ValueError: an option out of its range, or one that would have no effect.
+        ValueError: an option out of its range, or one that would have no effect; ids outside the
+            vocabulary; more tokens than `config.max_position_embeddings`.
 
     Example:
         >>> out = model.generate(ids, max_new_tokens=8)  # doctest: +SKIP
     """
     ids, attention_mask = as_tokens(ids, attention_mask)
-    stop = _check(attention_mask, max_new_tokens, temperature, top_k, top_p, stop_tokens, key)
+    _check_tokens(model.config, ids, attention_mask, max_new_tokens)
+    _check_sampling(temperature, top_k, top_p, key)
+    stop = _stop_array(stop_tokens)
     if max_new_tokens == 0:
         return ids
     model = nnx.view(model, deterministic=True, raise_if_not_found=False)  # dropout off
@@ -96,7 +116,8 @@ def as_tokens(ids, attention_mask=None) -> tuple[jax.Array, jax.Array | None]:
         return ids, None
     if jnp.shape(attention_mask) != ids.shape:
         raise ValueError(
-            f"attention_mask has shape {jnp.shape(attention_mask)}, must be that of ids: {ids.shape}"
+            f"attention_mask has shape {jnp.shape(attention_mask)}, "
+            f"must be that of ids: {ids.shape}"
         )
     return ids, jnp.asarray(attention_mask) != 0
 
@@ -179,19 +200,34 @@ def _left_pad(ids: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Ar
 
 
 def _bucket(n: int) -> int:
-    """Round up to a multiple of 32, or of an eighth of the power of two above, if that is more."""
-    step = max(32, 1 << max(n - 1, 1).bit_length() - 3)
+    """Round up to a multiple of 32, or of an eighth of the next power of two, if more."""
+    step = max(32, (1 << n.bit_length()) // 8)
     return -(-n // step) * step
 
 
-def _check(mask, max_new_tokens, temperature, top_k, top_p, stop_tokens, key) -> jax.Array:
-    """Raise on misuse; return the stop tokens as int32, padded with -1 (no token)."""
-    if mask is not None and not isinstance(mask, jax.core.Tracer):
+def _check_tokens(config, ids, mask, max_new_tokens) -> None:
+    """Raise unless the prompt fits the model; what is traced is not looked at."""
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an int, 0 or more")
+    total, limit = ids.shape[1] + max_new_tokens, config.max_position_embeddings
+    if total > limit:
+        raise ValueError(
+            f"the prompt and max_new_tokens are {total} tokens, max_position_embeddings={limit}"
+        )
+    if not isinstance(ids, Tracer):
+        tokens, vocab = np.asarray(ids), config.vocab_size
+        outside = tokens[(tokens < 0) | (tokens >= vocab)]
+        if outside.size:
+            raise ValueError(
+                f"ids hold {outside[0]}, must be from 0 to {vocab - 1} (vocab_size={vocab})"
+            )
+    if mask is not None and not isinstance(mask, Tracer):
         empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
         if empty.size:
             raise ValueError(f"attention_mask is 0 on all of row {empty[0]}: nothing to continue")
-    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an int, 0 or more")
+
+
+def _check_sampling(temperature, top_k, top_p, key) -> None:
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} must be finite, 0 or more")
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
@@ -204,6 +240,10 @@ def _check(mask, max_new_tokens, temperature, top_k, top_p, stop_tokens, key) ->
         )
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature!r} samples: pass key=jax.random.key(seed)")
+
+
+def _stop_array(stop_tokens) -> jax.Array:
+    """Return the stop tokens as int32, padded with -1 (no token) to a multiple of eight."""
     stops = [int(token) for token in stop_tokens]
     if any(token < 0 for token in stops):
         raise ValueError(f"stop_tokens={stops} must be token ids, 0 or more")

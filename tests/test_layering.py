@@ -28,8 +28,10 @@ LAYERS = {
     "qjax.generate": FLAX,
     "qjax.models": FLAX,
     "qjax.hf": FLAX | {"safetensors", "tokenizers", "huggingface_hub", "gguf"},
-    "qjax.cli": FLAX | {"optax", "orbax", "typer", "matplotlib", "tokenizers"},
     "qjax": FLAX,
+    # Above the public names, which they use as any user does.
+    "qjax.demo": FLAX | {"optax", "matplotlib"},
+    "qjax.cli": FLAX | {"typer"},
 }
 RANKS = {layer: rank for rank, layer in enumerate(LAYERS)}
 # DESIGN's one exception: `model.save_pretrained` delegates to hf by a local import.

@@ -82,7 +82,8 @@ def rope_config(data: Mapping[str, Any]) -> RopeConfig:
 FAMILIES: Mapping[str, Family] = {"llama": Family(_llama_config, _LLAMA_NAMES)}
 
 
-def family(model_type: str | None) -> Family:
+def family(model_type: Any) -> Family:
+    """Look up a family; an unknown `model_type` is an error that names the known ones."""
     if model_type not in FAMILIES:
         raise ValueError(
             f"model_type={model_type!r} in config.json is not known; known: {sorted(FAMILIES)}"

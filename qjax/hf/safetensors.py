@@ -68,7 +68,7 @@ def read_json(file: Path) -> Mapping[str, Any]:
 def _tensor_files(folder: Path) -> Mapping[str, Path]:
     single = folder / "model.safetensors"
     if single.is_file():
-        return {name: single for name in _names_in(single)}
+        return dict.fromkeys(_names_in(single), single)
     if not (folder / _INDEX).is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         reason = f" ({pickled[0]} is a pickle: loading it could run any code)" if pickled else ""

@@ -28,6 +28,7 @@ class KVCache(NamedTuple):
 
     @property
     def slots(self) -> int:
+        """Tokens a row can hold."""
         return self.valid.shape[1]
 
 
@@ -48,10 +49,10 @@ def init_cache(
 def write(
     cache: KVCache, layer, k: jax.Array, v: jax.Array
 ) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Write k, v [B, T, kv_heads, head_dim] at the cache's length; return the layer's whole k and v.
+    """Write k and v of T tokens at the cache's length; return it and the layer's whole k and v.
 
-    `layer` is an int for a tuple cache, and may be traced for a stacked one. `valid` and `length`
-    are the caller's: they move once a step, not once a layer.
+    k, v are [B, T, kv_heads, head_dim]. `layer` is an int for a tuple cache, and may be traced for
+    a stacked one. `valid` and `length` are the caller's: they move once a step, not once a layer.
     """
     new_k, whole_k = _write(cache.k, layer, k, cache.length)
     new_v, whole_v = _write(cache.v, layer, v, cache.length)

@@ -1,5 +1,7 @@
 """A decoder-only language model in NNX: embedding, blocks, final norm, output head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,13 +34,13 @@ class CausalLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, param_dtype=None, rngs: nnx.Rngs):
         param_dtype = dtype if param_dtype is None else param_dtype
-        kinds = {"dtype": dtype, "param_dtype": param_dtype}
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, **kinds, rngs=rngs)
         if config.scan_layers:
             make = nnx.vmap(lambda rngs: Block(config, **kinds, rngs=rngs))
-            self.layers = nnx.split_rngs(splits=config.num_hidden_layers)(make)(rngs)
+            self.layers: Any = nnx.split_rngs(splits=config.num_hidden_layers)(make)(rngs)
         else:
             self.layers = nnx.List(
                 Block(config, **kinds, rngs=rngs) for _ in range(config.num_hidden_layers)
@@ -98,20 +100,9 @@ class CausalLM(nnx.Module):
             stacked=c.scan_layers,
         )
 
-    def generate(self, ids, attention_mask=None, *, max_new_tokens=64, **options) -> jax.Array:
-        """Continue each row of `ids`: see `qjax.generate.generate` for the options.
-
-        Raises:
-            ValueError: more tokens than `config.max_position_embeddings`.
-        """
-        ids, attention_mask = as_tokens(ids, attention_mask)
-        total = ids.shape[1] + max_new_tokens
-        if total > self.config.max_position_embeddings:
-            raise ValueError(
-                f"the prompt and max_new_tokens are {total} tokens, "
-                f"max_position_embeddings={self.config.max_position_embeddings}"
-            )
-        return generate(self, ids, attention_mask, max_new_tokens=max_new_tokens, **options)
+    def generate(self, ids, attention_mask=None, **options) -> jax.Array:
+        """Continue each row of `ids`; the options are those of `qjax.generate.generate`."""
+        return generate(self, ids, attention_mask, **options)
 
     def _loop(self, x, rope, mask, cache):
         call = nnx.remat(_call, static_argnums=(5,)) if self.config.remat else _call
@@ -143,7 +134,7 @@ def _call(block, x, rope, mask, cache, layer):
 
 
 def _mask(ids, attention_mask, cache: KVCache | None):
-    """Return the bool mask [B, 1, T, slots] (None: plain causal) and the cache with `valid` moved."""
+    """Return the mask bool [B, 1, T, slots] (None: plain causal) and the cache with new `valid`."""
     if cache is None and attention_mask is None:
         return None, None
     real = jnp.ones(ids.shape, jnp.bool_) if attention_mask is None else attention_mask != 0

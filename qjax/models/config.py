@@ -35,8 +35,8 @@ class ModelConfig:
         num_key_value_heads: heads of keys and values, each shared by
             `num_attention_heads // num_key_value_heads` query heads.
         tie_word_embeddings: the output head is the transposed embedding table.
-        scan_layers: one stacked block under `jax.lax.scan` in place of a list of blocks: compiles in
-            the time of one layer.
+        scan_layers: one stacked block under `jax.lax.scan` in place of a list of blocks: compiles
+            in the time of one layer.
         remat: recompute each block in the backward pass in place of keeping its activations.
     """
 

@@ -4,6 +4,8 @@ The blocks are made of plain `nnx.Linear`, called as functions, so that any laye
 (a quantized one, one with an adapter) can stand in their place.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -15,6 +17,7 @@ ACTIVATIONS = {"silu": nnx.silu, "gelu_pytorch_tanh": nnx.gelu, "relu": nnx.relu
 
 
 def rms_norm(config: ModelConfig, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Return the family's norm over the stream."""
     return nnx.RMSNorm(
         config.hidden_size,
         epsilon=config.rms_norm_eps,
@@ -48,6 +51,7 @@ class Attention(nnx.Module):
         self.o_proj = linear(query_width, config.hidden_size)
 
     def __call__(self, x, rope, mask, cache: KVCache | None, layer):
+        """Map x [B, T, hidden] to (attended [B, T, hidden], cache); arguments as in `Block`."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.head_dim)
         q = rotate(self.q_proj(x).reshape(heads), *rope)
@@ -83,6 +87,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x):
+        """Map [..., hidden] to [..., hidden]."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -90,7 +95,7 @@ class Block(nnx.Module):
     """A pre-norm decoder block."""
 
     def __init__(self, config: ModelConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.input_layernorm = rms_norm(config, **kinds)
         self.self_attn = Attention(config, **kinds)
         self.post_attention_layernorm = rms_norm(config, **kinds)

@@ -1,7 +1,7 @@
-"""Rotary position embeddings (arXiv:2104.09864) in the half-rotation layout of Hugging Face's Llama.
+"""Rotary position embeddings (arXiv:2104.09864), half-rotation layout as in Hugging Face's Llama.
 
-Element `i` of a head is paired with element `i + head_dim / 2`. (llama.cpp and Meta's own files pair
-neighbours; their loaders permute the query and key weights.)
+Element `i` of a head is paired with element `i + head_dim / 2`. (llama.cpp and Meta's own files
+pair neighbours; their loaders permute the query and key weights.)
 """
 
 import math
@@ -51,7 +51,7 @@ def rotation(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [B, T, heads, head_dim] by `rotation`'s angles; computed in float32, in x's dtype."""
+    """Rotate x [B, T, heads, head_dim] by `rotation`'s angles, in float32; x's dtype comes back."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

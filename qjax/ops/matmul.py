@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from qjax.core.double_quant import kernel_scales
+from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
 from qjax.core.qtensor import QTensor
+from qjax.ops import trace
+from qjax.ops.partition import product
 
 
 def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> jax.Array:
@@ -45,6 +47,7 @@ def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> ja
         expected = [*batch, "...", k]
         raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
     lead = x.shape[len(batch) : -1]
+    _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
     y = _product(x.reshape(*batch, math.prod(lead), k), q, False, implementation)
     return y.reshape(*batch, *lead, *q.out_shape)
 
@@ -91,12 +94,14 @@ def einsum(
     rows = [a for a in x_axes if a not in q_axes]
     shared = set(batch) <= set(x_axes) & set(out_axes) and set(rows) <= set(out_axes)
     if transpose is None or not shared:
+        trace.record("decode", f"einsum {equation!r} sums over other axes")
         _warn_decoded(equation, q.contract_axes)
         w = jax.lax.stop_gradient(q.dequantize(x.dtype))
         return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
     summed, kept = (other, contract) if transpose else (contract, other)
     x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])
     flat = [math.prod(sizes[a] for a in axes) for axes in (rows, summed)]
+    _record("einsum", flat[0], x.dtype, q, transpose, implementation)
     y = _product(x.reshape(*q.batch_shape, *flat), q, transpose, implementation)
     y_axes = [*batch, *rows, *kept]
     y = y.reshape([sizes[a] for a in y_axes])
@@ -156,6 +161,34 @@ def _check_operands(x, q) -> None:
         raise TypeError(f"x must be floating, got {x.dtype}")
 
 
+def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
+    if not trace.is_recording():
+        return
+    if q.layout == "flat":
+        trace.record("decode", f"{op}: blocks straddle rows (flat layout)")
+        return
+    out, k = math.prod(q.out_shape), math.prod(q.contract_shape)
+    batch_ndim = len(q.batch_shape)
+
+    def one_slice(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape[batch_ndim:], leaf.dtype)
+
+    q = jax.tree.map(one_slice, q)
+    packed = jax.ShapeDtypeStruct((out, k // 2), q.packed.dtype)
+    scales = jax.eval_shape(kernel_scales, q.scales)
+    choice = pallas_kernels.dispatch.resolve(
+        "matmul",
+        implementation,
+        jax.ShapeDtypeStruct((rows, out if transpose else k), dtype),
+        packed,
+        scales,
+        jax.ShapeDtypeStruct((16,), jnp.float32),
+        block_size=q.block_size,
+        transpose=transpose,
+    )
+    trace.record(op, choice.implementation)
+
+
 def _product(x, q, transpose, implementation):
     """Multiply [*batch, M, K] by each slice: [*batch, M, N]; transposed, [*batch, M, N] to K."""
     product = _slice_product
@@ -168,22 +201,19 @@ def _product(x, q, transpose, implementation):
 # dL/dx = g W: the same product transposed, from the same packed bytes. There is no dL/dW.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _slice_product(x, q, transpose, implementation):
-    table = jnp.asarray(q.codebook)
     if q.layout == "flat":
         rows = q.dequantize(x.dtype).transpose(*q.out_axes, *q.contract_axes)
         w = rows.reshape(math.prod(q.out_shape), math.prod(q.contract_shape))
         contract = ((1,), (0 if transpose else 1,))
         y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
-    return pallas_kernels.matmul(
-        x,
-        q.packed.reshape(-1, q.packed.shape[-1]),
-        kernel_scales(q.scales),
-        table,
-        block_size=q.block_size,
-        transpose=transpose,
-        implementation=implementation,
-    )
+    scales, second = q.scales, ()
+    if isinstance(scales, DoubleQuant):
+        second = (scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
+        scales = scales.codes
+    packed, scales = (a.reshape(-1, a.shape[-1]) for a in (q.packed, scales))
+    run = product(q.block_size, transpose, implementation)
+    return run(x, packed, scales, jnp.asarray(q.codebook), *second)
 
 
 def _product_fwd(x, q, transpose, implementation):
