@@ -1,5 +1,8 @@
 """qjax: 4-bit weights, LoRA and fast matrix products for JAX and Flax."""
 
+from qjax.checkpoint import load as load
+from qjax.checkpoint import save as save
+from qjax.checkpoint import save_async as save_async
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.qtensor import QTensor as QTensor
