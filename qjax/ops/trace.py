@@ -26,7 +26,7 @@ _path: ContextVar[str | None] = ContextVar("qjax_trace_path", default=None)
 
 
 @contextlib.contextmanager
-def recording(names: Mapping[int, str]) -> Iterator[list[Record]]:
+def recording(names: Mapping[int, str] = MappingProxyType({})) -> Iterator[list[Record]]:
     """Collect the records of everything traced inside.
 
     Args:
@@ -59,9 +59,12 @@ def is_recording() -> bool:
     return _records.get() is not None
 
 
-def record(q: QTensor, op: str, detail: str) -> None:
-    """Note a use of a weight, if anybody listens."""
+def record(op: str, detail: str, q: QTensor | None = None) -> None:
+    """Note a use of the current weight, or else of q if it has a name, if anybody listens."""
     records = _records.get()
-    if records is not None:
-        path = _path.get()
-        records.append(Record(_names.get().get(id(q.packed)) if path is None else path, op, detail))
+    if records is None:
+        return
+    path = _path.get()
+    if path is None and q is not None:
+        path = _names.get().get(id(q.packed))
+    records.append(Record(path, op, detail))

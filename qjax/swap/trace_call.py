@@ -1,9 +1,12 @@
 """Trace a call without computing it, and say what ran for each 4-bit weight."""
 
+import functools
 import itertools
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import nnx
 
@@ -11,6 +14,7 @@ from qjax.core.qtensor import QTensor
 from qjax.nn.nnx_param import QuantParam
 from qjax.ops import trace
 from qjax.swap.leaves import flatten_weights
+from qjax.swap.linen_apply import apply
 
 _run = itertools.count()
 
@@ -26,20 +30,28 @@ def trace_nnx(model: nnx.Module, *args: Any, **kwargs: Any) -> dict[str, tuple[s
 
 
 def trace_tree(tree: Any, *args: Any, **kwargs: Any) -> dict[str, tuple[str, ...]]:
-    """Return what ran for each 4-bit leaf in `args[0](tree, *args[1:], **kwargs)`, by path.
+    """Return what ran for each 4-bit leaf in a call with a parameter tree, by path.
 
-    A weight is known by its array, also to ops that are called outside any layer; one that went
-    through `scan` or `vmap` since is known where its layer says its path (`qjax.ops.trace.leaf`).
+    `args[0]` is a Linen module, called by `qjax.apply`, or a function of the tree; the other
+    arguments are the call's. Layers say the paths of their weights; outside any layer a weight is
+    known by its array, unless it went through `scan` or `vmap`.
     """
-    if not args or not callable(args[0]):
+    module = args[0] if args else None
+    if isinstance(module, nn.Module):
+        has_collections = isinstance(tree, Mapping) and "params" in tree
+        variables = tree if has_collections else {"params": tree}
+        call = functools.partial(apply, module)
+        uses = _trace(call, variables, args[1:], kwargs, strip="params/")
+        return {f"params/{p}": use for p, use in uses.items()} if has_collections else uses
+    if not callable(module):
         raise TypeError(
-            "example arguments for a parameter tree begin with what to call: a function of the "
-            f"tree and the other arguments; got {type(args[0]).__name__ if args else 'none'}"
+            "example arguments for a parameter tree begin with what to call, a Linen module or a "
+            f"function of the tree; got {type(module).__name__}"
         )
-    return _trace(args[0], tree, args[1:], kwargs)
+    return _trace(module, tree, args[1:], kwargs)
 
 
-def _trace(call, state: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+def _trace(call, state: Any, args, kwargs, strip: str = "") -> dict[str, tuple[str, ...]]:
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
     names: dict[int, str] = {}
@@ -47,7 +59,7 @@ def _trace(call, state: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, t
     def traced(state, arrays):  # flags and other Python values stay what they are
         for path, leaf in flatten_weights(state):
             if isinstance(leaf, QTensor):
-                names[id(leaf.packed)] = path
+                names[id(leaf.packed)] = path.removeprefix(strip)
         args, kwargs = treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
         return jax.tree.leaves(call(state, *args, **kwargs))
 

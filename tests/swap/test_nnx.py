@@ -399,6 +399,12 @@ class TestLora:
         with pytest.raises(TypeError, match="got list"):
             qjax.dequantize_model([])
 
+    def test_linen_trees(self):
+        params = qjax.quantize_params({"dense": {"kernel": jnp.ones((64, 8))}})
+        w = params["dense"]["kernel"].q.dequantize()
+        np.testing.assert_array_equal(qjax.dequantize_model(params)["dense"]["kernel"], w)
+        assert qjax.merge_lora(params)["dense"]["kernel"].dtype == jnp.bfloat16
+
     def test_norms_hold_no_adapter(self):
         message = "include='norm' matches no dense layer"
         with pytest.raises(ValueError, match=message):

@@ -263,6 +263,16 @@ class TestWhatRan:
         assert graphdef == after
         assert [v.get_metadata() for v in jax.tree.leaves(state, is_leaf=is_variable)] == before
 
+    @pytest.mark.parametrize("collections", [False, True])
+    def test_linen(self, collections):
+        model = nn.Sequential([nn.Dense(64), nn.Dense(8)])
+        x = jnp.ones((2, 64))
+        params = qjax.quantize_params(model.init(jax.random.key(0), x)["params"])
+        prefix = "params/" if collections else ""
+        report = qjax.report({"params": params} if collections else params, model, x)
+        assert report[f"{prefix}layers_0/kernel"].uses == ("matmul: xla",)
+        assert report[f"{prefix}layers_1/kernel"].uses == ("matmul: xla",)
+
     def test_trees(self):
         tree = {"w": qjax.quantize(jnp.ones((64, 8)))}
         report = qjax.report(tree, lambda tree, x: qjax.matmul(x, tree["w"]), jnp.ones((2, 64)))
