@@ -38,7 +38,7 @@ def examples() -> list[doctest.DocTest]:
         test
         for module in modules()
         # A module's own names come before qjax's: pallas_kernels has a matmul too.
-        for test in finder.find(module, extraglobs=PUBLIC | NAMES | vars(module))
+        for test in finder.find(module, globs=PUBLIC | NAMES | vars(module))
         if test.examples
     ]
     return sorted(found, key=lambda test: test.name)

@@ -5,6 +5,7 @@ For a weight with contract axes C and other axes O, A is [*batch, *C, rank] and 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,32 +62,35 @@ def lora_einsum(
     other = [axis for axis in slice_axes if axis not in contract]
     # Numbered axes: einsum's interleaved form has no limit of letters.
     number = {axis: i for i, axis in enumerate(dict.fromkeys([*x_axes, *w_axes, "rank"]))}
-    numbers = lambda axes: [number[axis] for axis in axes]  # noqa: E731
-    first, first_axes = (a, [*batch, *contract, "rank"]), (b, [*batch, "rank", *other])
-    # The factor that shares summed axes with x comes first; both orders are exact.
-    factors = [(first[0], first[1]), first_axes]
-    if any(axis in x_axes for axis in other):
+    factors = [(a, [*batch, *contract, "rank"]), (b, [*batch, "rank", *other])]
+    if any(axis in x_axes for axis in other):  # transposed: B holds the summed axes
         factors.reverse()
     (left, left_axes), (right, right_axes) = factors
-    hidden_axes = [x for x in x_axes if x not in left_axes or x in out_axes] + ["rank"]
-    hidden_axes += [x for x in left_axes if x not in x_axes and x != "rank"]
-    hidden = jnp.einsum(
-        x,
-        numbers(x_axes),
-        left.astype(x.dtype),
-        numbers(left_axes),
-        numbers(hidden_axes),
-        preferred_element_type=jnp.float32,
-    ).astype(x.dtype)
-    y = jnp.einsum(
-        hidden,
-        numbers(hidden_axes),
-        right.astype(x.dtype),
-        numbers(right_axes),
-        numbers(out_axes),
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype)
+    # What the second product or the result still needs stays in x A.
+    kept = [axis for axis in x_axes if axis not in left_axes or axis in (*right_axes, *out_axes)]
+    hidden_axes = [*kept, *(axis for axis in left_axes if axis not in x_axes)]
+
+    def product(x, x_axes, w, w_axes, out_axes):
+        numbered = [[number[axis] for axis in axes] for axes in (x_axes, w_axes, out_axes)]
+        args = (x, numbered[0], w.astype(x.dtype), numbered[1], numbered[2])
+        return jnp.einsum(*args, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    hidden = product(x, x_axes, left, left_axes, hidden_axes)
+    return product(hidden, hidden_axes, right, right_axes, out_axes)
+
+
+def lora_take(ids: jax.Array, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Return rows of (A B)^T, the adapter of a table [V, D]: [*ids.shape, D] in `dtype`.
+
+    Args:
+        ids: integers of any shape; negative ones count from the end, those outside give NaN.
+        a: [D, rank].
+        b: [rank, V].
+        dtype: of the product and the result.
+    """
+    columns = jnp.take(b, ids, axis=1).astype(dtype)  # [rank, *ids]
+    rows = jnp.tensordot(columns, a.astype(dtype), (0, 1), preferred_element_type=jnp.float32)
+    return rows.astype(dtype)
 
 
 def lora_weight(

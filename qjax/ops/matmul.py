@@ -11,8 +11,10 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from qjax.core.double_quant import DoubleQuant, dynamic_table
+import pallas_kernels
+from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
 from qjax.core.qtensor import QTensor
+from qjax.ops import trace
 from qjax.ops.partition import product
 
 
@@ -45,6 +47,7 @@ def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> ja
         expected = [*batch, "...", k]
         raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
     lead = x.shape[len(batch) : -1]
+    _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
     y = _product(x.reshape(*batch, math.prod(lead), k), q, False, implementation)
     return y.reshape(*batch, *lead, *q.out_shape)
 
@@ -91,12 +94,14 @@ def einsum(
     rows = [a for a in x_axes if a not in q_axes]
     shared = set(batch) <= set(x_axes) & set(out_axes) and set(rows) <= set(out_axes)
     if transpose is None or not shared:
+        trace.record("decode", f"einsum {equation!r} sums over other axes")
         _warn_decoded(equation, q.contract_axes)
         w = jax.lax.stop_gradient(q.dequantize(x.dtype))
         return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
     summed, kept = (other, contract) if transpose else (contract, other)
     x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])
     flat = [math.prod(sizes[a] for a in axes) for axes in (rows, summed)]
+    _record("einsum", flat[0], x.dtype, q, transpose, implementation)
     y = _product(x.reshape(*q.batch_shape, *flat), q, transpose, implementation)
     y_axes = [*batch, *rows, *kept]
     y = y.reshape([sizes[a] for a in y_axes])
@@ -154,6 +159,34 @@ def _check_operands(x, q) -> None:
         raise TypeError(f"q must be a QTensor, got {type(q).__name__}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, got {x.dtype}")
+
+
+def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
+    if not trace.is_recording():
+        return
+    if q.layout == "flat":
+        trace.record("decode", f"{op}: blocks straddle rows (flat layout)")
+        return
+    out, k = math.prod(q.out_shape), math.prod(q.contract_shape)
+    batch_ndim = len(q.batch_shape)
+
+    def one_slice(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape[batch_ndim:], leaf.dtype)
+
+    q = jax.tree.map(one_slice, q)
+    packed = jax.ShapeDtypeStruct((out, k // 2), q.packed.dtype)
+    scales = jax.eval_shape(kernel_scales, q.scales)
+    choice = pallas_kernels.dispatch.resolve(
+        "matmul",
+        implementation,
+        jax.ShapeDtypeStruct((rows, out if transpose else k), dtype),
+        packed,
+        scales,
+        jax.ShapeDtypeStruct((16,), jnp.float32),
+        block_size=q.block_size,
+        transpose=transpose,
+    )
+    trace.record(op, choice.implementation)
 
 
 def _product(x, q, transpose, implementation):

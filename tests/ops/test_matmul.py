@@ -101,7 +101,8 @@ def test_transformations(rng):
     looped_grad = jax.grad(
         lambda x: functools.reduce(lambda x, q: jnp.tanh(qjax.matmul(x, q)), layers, x).sum()
     )(x)
-    np.testing.assert_allclose(grad, looped_grad, rtol=0, atol=1e-5)
+    ulps = 1e-6 * np.abs(looped_grad).max()
+    np.testing.assert_allclose(grad, looped_grad, rtol=0, atol=ulps)
     rows = jax.vmap(lambda row: qjax.matmul(row, layers[0]))(x)
     np.testing.assert_allclose(rows, qjax.matmul(x, layers[0]), rtol=0, atol=1e-5)
     experts = jax.vmap(qjax.matmul, in_axes=(None, 0))(x, stack)

@@ -1,0 +1,53 @@
+"""Tile choice of the matmul kernels: what can be chosen, and a heuristic for shapes not measured."""
+
+import dataclasses
+import math
+
+DECODE_PANEL = 256  # k of a warp's step in `mosaic_decode`
+_BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
+_TILE_US = 0.1  # a tile's cost beside its bytes: barriers and the sum over warps
+_SUM_US = 1.3  # the kernel that sums slabs
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTiles:
+    """Tiles of `mosaic_decode`.
+
+    Attributes:
+        warps: warps of a block, a multiple of 4, that split a slab.
+        slabs: parts of K in different blocks, summed by a second kernel when there are several.
+        stages: packed tiles in flight in a block.
+    """
+
+    warps: int = 16
+    slabs: int = 1
+    stages: int = 3
+
+
+def decode_fits(m: int, panels: int, tiles: DecodeTiles) -> bool:
+    """Whether the fragments of x fit in registers: 32 for 8 rows of x and a panel."""
+    fragments = math.ceil(m / 8) * math.ceil(panels / tiles.slabs / tiles.warps)
+    return fragments <= (4 if tiles.warps <= 8 else 2 if tiles.warps <= 16 else 1)
+
+
+def choose_decode(m: int, n: int, k: int, block_size: int, sms: int) -> DecodeTiles:
+    """The cheapest tiles by a model of bytes over bandwidth."""
+    panels, row_tiles = math.ceil(k / DECODE_PANEL), math.ceil(n / 16)
+
+    def cost(tiles: DecodeTiles) -> tuple[float, int]:  # ties go to 16 warps: 4 for each scheduler
+        slab = math.ceil(panels / tiles.slabs)
+        size = slab * DECODE_PANEL * 16 * (0.5 + 4 / block_size)
+        waves = math.ceil(row_tiles / (sms // tiles.slabs))
+        idle = math.ceil(slab / tiles.warps) * tiles.warps / slab - 1  # warps that wait for others
+        time = waves * (size / _BYTES_PER_US * (1 + idle / 4) + _TILE_US)
+        return time + (_SUM_US if tiles.slabs > 1 else 0), abs(tiles.warps - 16)
+
+    candidates = [
+        DecodeTiles(warps, slabs)
+        for warps in (4, 8, 12, 16, 28)
+        for slabs in range(1, min(panels, sms // 2) + 1)
+        if decode_fits(m, panels, DecodeTiles(warps, slabs))
+    ]
+    best = min(candidates, key=cost)
+    slot = 16 * (math.ceil(panels / best.slabs) * DECODE_PANEL // 2 + 16)
+    return dataclasses.replace(best, stages=max(2, min(4, 100 * 1024 // slot)))

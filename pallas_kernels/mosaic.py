@@ -1,0 +1,354 @@
+"""Building blocks of the Mosaic GPU kernels: registers, raw memory, mbarriers and matrix instructions.
+
+The kernels are written a thread at a time, as in CUDA, inside `plgpu.inline_mgpu`. Integer registers
+are `Int`; floats and packed pairs are plain MLIR values. This file is the only one that touches
+MLIR, PTX and the unstable parts of Pallas Mosaic GPU.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, math, scf
+
+WARP = 32
+WARPGROUP = 128
+SHARED_BYTES = 227 * 1024  # of one block on Hopper (CUDA C++ Programming Guide, table of limits)
+PAIR_TABLE_WORDS = 256 * WARP
+
+# Lane semantics: the bodies are raw threads, and place every barrier themselves.
+COMPILER_PARAMS = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+)
+
+
+def multiprocessors() -> int:
+    """Number of SMs of the device that the current trace is for; 132 (H100 SXM) when unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.num_cores:
+        return device.num_cores
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("gpu")[0].core_count
+    return 132
+
+
+# Registers
+
+
+def i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def element_type(dtype: jax.typing.DTypeLike) -> ir.Type:
+    return utils.dtype_to_ir_type(jnp.dtype(dtype))
+
+
+class Int:
+    """An unsigned 32- or 64-bit register. Comparisons give an i1 value for `when` and `select`."""
+
+    def __init__(self, value: int | ir.Value):
+        self.value = arith.constant(i32(), value) if isinstance(value, int) else value
+
+    def _operands(self, other: "int | Int") -> tuple[ir.Value, ir.Value]:
+        if isinstance(other, int):
+            return self.value, arith.constant(self.value.type, other)
+        return self.value, other.value
+
+    def __add__(self, other):
+        return Int(arith.addi(*self._operands(other)))
+
+    def __sub__(self, other):
+        return Int(arith.subi(*self._operands(other)))
+
+    def __mul__(self, other):
+        return Int(arith.muli(*self._operands(other)))
+
+    def __floordiv__(self, other):
+        return Int(arith.divui(*self._operands(other)))
+
+    def __mod__(self, other):
+        return Int(arith.remui(*self._operands(other)))
+
+    def __and__(self, other):
+        return Int(arith.andi(*self._operands(other)))
+
+    def __or__(self, other):
+        return Int(arith.ori(*self._operands(other)))
+
+    def __xor__(self, other):
+        return Int(arith.xori(*self._operands(other)))
+
+    def __lshift__(self, other):
+        return Int(arith.shli(*self._operands(other)))
+
+    def __rshift__(self, other):
+        return Int(arith.shrui(*self._operands(other)))
+
+    def __lt__(self, other) -> ir.Value:
+        return arith.cmpi(arith.CmpIPredicate.ult, *self._operands(other))
+
+    def equals(self, other) -> ir.Value:
+        return arith.cmpi(arith.CmpIPredicate.eq, *self._operands(other))
+
+    def at_most(self, other) -> "Int":
+        return Int(arith.minui(*self._operands(other)))
+
+    def wide(self) -> "Int":
+        """Zero-extend to 64 bits."""
+        return Int(arith.extui(i64(), self.value))
+
+
+def thread_index() -> Int:
+    return Int(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
+
+
+def block_index() -> Int:
+    return Int(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
+
+
+def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
+    no = Int(no) if isinstance(no, int) else no
+    return Int(arith.select(condition, yes.value, no.value))
+
+
+def both(a: ir.Value, b: ir.Value) -> ir.Value:
+    return arith.andi(a, b)
+
+
+# Control
+
+
+when = utils.when
+
+
+def loop(stop: Int, carry: Sequence[ir.Value], body: Callable) -> list[ir.Value]:
+    """Run `carry = body(i, carry)` for i in [0, stop)."""
+    op = scf.ForOp(Int(0).value, stop.value, Int(1).value, list(carry))
+    with ir.InsertionPoint(op.body):
+        scf.YieldOp(body(Int(op.induction_variable), list(op.inner_iter_args)))
+    return list(op.results)
+
+
+def sync_block() -> None:
+    gpu.barrier()
+
+
+def _asm(result, operands, text, constraints, effects=False):
+    operands = [o.value if isinstance(o, Int) else o for o in operands]
+    result = ir.Type.parse("!llvm.void") if result is None else result
+    return llvm.inline_asm(result, operands, text, constraints, has_side_effects=effects)
+
+
+def sync_warp() -> None:
+    _asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", effects=True)
+
+
+def shuffle(value: ir.Value, lane: Int) -> ir.Value:
+    """The float `value` of another lane of the warp."""
+    text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+    return _asm(f32(), [value, lane], text, "=f,f,r", effects=True)
+
+
+# Floats and packed pairs
+
+
+def zero() -> ir.Value:
+    return arith.constant(f32(), 0.0)
+
+
+def add(a: ir.Value, b: ir.Value) -> ir.Value:
+    return arith.addf(a, b)
+
+
+def mul(a: ir.Value, b: ir.Value) -> ir.Value:
+    return arith.mulf(a, b)
+
+
+def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return math.fma(a, b, c)
+
+
+def mul_then_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c with both roundings, which the compiler may not contract."""
+    text = "{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }"
+    return _asm(f32(), [a, b, c], text, "=f,f,f,f")
+
+
+def tree_sum(values: Sequence[ir.Value]) -> ir.Value:
+    values = list(values)
+    while len(values) > 1:
+        pairs = zip(values[0::2], values[1::2])
+        values = [add(a, b) for a, b in pairs] + values[len(values) & ~1 :]
+    return values[0]
+
+
+def round_to(value: ir.Value, dtype: jax.typing.DTypeLike) -> ir.Value:
+    type_ = element_type(dtype)
+    return value if type_ == value.type else arith.truncf(type_, value)
+
+
+def _ptx_name(dtype: jax.typing.DTypeLike) -> str:
+    return {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
+
+
+def pack_pair(low: ir.Value, high: ir.Value, dtype: jax.typing.DTypeLike) -> Int:
+    """Round two floats to a 16-bit type and pack them in a word."""
+    text = f"cvt.rn.{_ptx_name(dtype)}x2.f32 $0, $1, $2;"
+    return Int(_asm(i32(), [high, low], text, "=r,f,f"))
+
+
+def mul_pairs(a: Int, b: Int, dtype: jax.typing.DTypeLike) -> Int:
+    text = f"mul.rn.{_ptx_name(dtype)}x2 $0, $1, $2;"
+    return Int(_asm(i32(), [a, b], text, "=r,r,r"))
+
+
+def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> list[ir.Value]:
+    """One m16n8k16 step: acc (4 floats) + a (4 words of pairs) x b (2 words of pairs)."""
+    name = _ptx_name(dtype)
+    text = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    )
+    result = llvm.StructType.get_literal([f32()] * 4)
+    out = _asm(result, [*a, *b, *acc], text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
+    return [llvm.extractvalue(f32(), out, [i]) for i in range(4)]
+
+
+# Memory: a 32-bit address is in the shared window, a 64-bit one is global.
+
+
+def shared_address(ref: ir.Value) -> Int:
+    return Int(llvm.ptrtoint(i32(), utils.memref_ptr(ref)))
+
+
+def global_address(ref: ir.Value) -> Int:
+    return Int(llvm.ptrtoint(i64(), utils.memref_ptr(ref)))
+
+
+def _pointer(address: Int) -> ir.Value:
+    space = 3 if address.value.type == i32() else 1
+    return llvm.inttoptr(llvm.PointerType.get(space), address.value)
+
+
+def load_float(address: Int) -> ir.Value:
+    return llvm.load(f32(), _pointer(address), alignment=4)
+
+
+def load_floats(address: Int, count: int) -> list[ir.Value]:
+    """Load 1, 2 or a multiple of 4 consecutive floats, aligned to that width."""
+    if count == 1:
+        return [load_float(address)]
+    if count > 4:
+        parts = [load_floats(address + 16 * i, 4) for i in range(count // 4)]
+        return [value for part in parts for value in part]
+    vector = llvm.load(ir.VectorType.get((count,), f32()), _pointer(address), alignment=4 * count)
+    return [llvm.extractelement(vector, Int(i).value) for i in range(count)]
+
+
+def load_word(address: Int) -> Int:
+    return Int(llvm.load(i32(), _pointer(address), alignment=4))
+
+
+def load_words(address: Int) -> list[Int]:
+    """Load 4 consecutive words, 16-byte aligned."""
+    vector = llvm.load(ir.VectorType.get((4,), i32()), _pointer(address), alignment=16)
+    return [Int(llvm.extractelement(vector, Int(i).value)) for i in range(4)]
+
+
+def load_byte(address: Int) -> Int:
+    byte = llvm.load(ir.IntegerType.get_signless(8), _pointer(address), alignment=1)
+    return Int(arith.extui(i32(), byte))
+
+
+def store(address: Int, value: Int | ir.Value) -> None:
+    value = value.value if isinstance(value, Int) else value
+    llvm.store(value, _pointer(address), alignment=utils.bytewidth(value.type))
+
+
+# Asynchronous copies
+
+
+class Barriers:
+    """A ring of mbarriers (8 bytes each in shared memory), each completed by one arrival and its bytes."""
+
+    def __init__(self, ref: ir.Value, count: int):
+        self.base, self.count = shared_address(ref), count
+
+    def initialize(self, arrivals: int = 1) -> None:
+        """By one thread; the caller then synchronizes the threads that use them."""
+        for i in range(self.count):
+            text = f"mbarrier.init.shared::cta.b64 [$0], {arrivals};"
+            _asm(None, [self.base + 8 * i], text, "r,~{memory}", effects=True)
+        _asm(None, [], "fence.mbarrier_init.release.cluster;", "~{memory}", effects=True)
+
+    def address(self, slot: Int) -> Int:
+        return self.base + (slot << 3)
+
+    def expect(self, slot: Int, size: Int) -> None:
+        """Arrive, and let the phase wait for `size` bytes."""
+        text = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
+        _asm(None, [self.address(slot), size], text, "r,r,~{memory}", effects=True)
+
+    def arrive(self, slot: Int) -> None:
+        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
+        _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
+
+    def wait(self, slot: Int, parity: Int) -> None:
+        text = (
+            "{ .reg .pred done;\n"
+            "again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n"
+            "@!done bra again; }"
+        )
+        _asm(None, [self.address(slot), parity], text, "r,r,~{memory}", effects=True)
+
+
+def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
+    """Copy `size` bytes (16-byte aligned, as both addresses) to shared memory, counted by a barrier."""
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
+
+
+# The pair table: byte value -> its two codes as a 16-bit pair
+
+
+def build_pair_table(
+    table: Int, codebook: Int, dtype: jax.typing.DTypeLike, warp: Int, warps: int, lane: Int
+) -> None:
+    """Fill the 32 KB table from the float32 codebook [16]; the caller synchronizes the block.
+
+    Entry e is copied once for each lane (at 128 e + 4 lane), so that no lookup has a bank conflict.
+    The high nibble, which comes first along K, is the low half of the pair.
+    """
+    code = load_float(codebook + ((lane & 15) << 2).wide())
+    for first in range(0, 256, warps):
+        entry = warp + first
+        pair = pack_pair(shuffle(code, entry >> 4), shuffle(code, entry & 15), dtype)
+        target = table + (entry << 7) + (lane << 2)
+        if first + warps <= 256:
+            store(target, pair)
+        else:
+            with when(entry < 256):
+                store(target, pair)
+
+
+def decode_word(word: Int, table: Int, lane_offset: Int) -> list[Int]:
+    """The 8 codes of a packed word as 4 pairs, in the order of K."""
+    shifted = [word << 7, word >> 1, word >> 9, word >> 17]
+    return [load_word(((s & 0x7F80) | lane_offset) + table) for s in shifted]
+
+
+def warp_and_lane(index: Int) -> tuple[Int, Int]:
+    """Split a thread index into its warp and lane."""
+    return index >> 5, index & 31
