@@ -94,6 +94,4 @@ def is_skipped(module: str, skip: tuple[str, ...] | None) -> bool:
 
     As transformers 5 does: an entry is a pattern of the name's beginning, or is its end.
     """
-    return any(
-        re.match(rf"(?:{key})(\.|$)", module) or module.endswith(key) for key in skip or ()
-    )
+    return any(re.match(rf"(?:{key})(\.|$)", module) or module.endswith(key) for key in skip or ())
