@@ -18,6 +18,7 @@ from qjax.hf.bitsandbytes import write_qtensor
 from qjax.hf.bnb_config import write_bnb_config
 from qjax.hf.families import Family, family
 from qjax.hf.layout import Stored, arrays, stored
+from qjax.models.base import Pretrained
 from qjax.nn.nnx_layer import LoraLayer, QuantLayer
 
 LAYOUTS = ("bitsandbytes", "float")
@@ -25,7 +26,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def save_pretrained(
-    model: nnx.Module,
+    model: Pretrained,
     path,
     layout: str = "bitsandbytes",
     *,
@@ -59,12 +60,11 @@ def save_pretrained(
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, _tensors(model, known, layout, dtype), max_shard_size)
-    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
-    _replace(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+    _write_json(folder / "config.json", data)
 
 
-def _config_json(model: nnx.Module, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    text = getattr(model, "config_json", None)
+def _config_json(model: Pretrained, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    text = model.config_json
     if config is None and text is None:
         raise ValueError(
             "the model was not loaded from a folder with a config.json: pass config=, its contents"
@@ -74,7 +74,7 @@ def _config_json(model: nnx.Module, config: Mapping[str, Any] | None) -> dict[st
     return data
 
 
-def _bnb_config(model: nnx.Module, known: Family) -> dict[str, Any]:
+def _bnb_config(model: Pretrained, known: Family) -> dict[str, Any]:
     """Return the quantization_config; it lists the layers that transformers must leave alone."""
     layers = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, QuantLayer)]
     if not layers:
@@ -99,15 +99,14 @@ def _bnb_config(model: nnx.Module, known: Family) -> dict[str, Any]:
 
 
 def _tensors(
-    model: nnx.Module, known: Family, layout: str, dtype
+    model: Pretrained, known: Family, layout: str, dtype
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the tensors of one array of a file at a time."""
     for path, layer, leaf in arrays(model):
         where = stored(known, model.config, path, layer, leaf)
         value = getattr(layer, leaf).get_raw_value()
-        merged = isinstance(layer, LoraLayer) and leaf == layer.weight_name
-        if merged and layout == "float" and layer.lora_a is not None:
-            value = layer.float_weight(dtype)
+        if isinstance(layer, LoraLayer) and layer.lora_a is not None and layout == "float":
+            value = layer.float_weight(dtype) if leaf == layer.weight_name else value
         for i, name in enumerate(where.names):
             yield _tensor(name, _one(value, where, i), where, layout, dtype)
 
@@ -130,41 +129,44 @@ def _tensor(name: str, value, where: Stored, layout: str, dtype) -> dict[str, np
 
 def _write_shards(folder: Path, tensors: Iterator[dict[str, np.ndarray]], limit: int) -> None:
     """Write the tensors to one file, or to numbered files and an index."""
-    shards: list[dict[str, str]] = []
     temporary: list[Path] = []
-    held: dict[str, np.ndarray] = {}
+    held_by: list[list[str]] = []  # names of tensors in each file
     total = 0
-
-    def flush():
-        file = folder / f".shard-{len(temporary)}-{os.getpid()}.tmp"
-        save_file(held, file, metadata={"format": "pt"})
-        temporary.append(file)
-        shards.append(dict.fromkeys(held, ""))
-        held.clear()
-
     try:
-        size = 0
-        for group in tensors:
-            new = sum(array.nbytes for array in group.values())
-            if held and size + new > limit:
-                flush()
-                size = 0
-            held.update(group)
-            size, total = size + new, total + new
-        flush()
+        for shard in _shards(tensors, limit):
+            temporary.append(folder / f".shard-{len(temporary)}-{os.getpid()}.tmp")
+            save_file(shard, temporary[-1], metadata={"format": "pt"})
+            held_by.append(list(shard))
+            total += sum(array.nbytes for array in shard.values())
         names = _shard_names(len(temporary))
         for file, name in zip(temporary, names, strict=True):
             file.replace(folder / name)
     finally:
         for file in temporary:
             file.unlink(missing_ok=True)
-    if len(names) > 1:
-        weight_map = {t: name for shard, name in zip(shards, names, strict=True) for t in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        _replace(folder / _INDEX, lambda file: file.write_text(text, encoding="utf-8"))
-    for old in {"model.safetensors", _INDEX} - set(names) - ({_INDEX} if len(names) > 1 else set()):
-        (folder / old).unlink(missing_ok=True)
+    if len(names) == 1:
+        (folder / _INDEX).unlink(missing_ok=True)
+        return
+    weight_map = {t: name for held, name in zip(held_by, names, strict=True) for t in held}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / _INDEX, index)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def _shards(
+    tensors: Iterator[dict[str, np.ndarray]], limit: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Gather groups of tensors that stay together into shards of at most `limit` bytes."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for group in tensors:
+        new = sum(array.nbytes for array in group.values())
+        if shard and size + new > limit:
+            yield shard
+            shard, size = {}, 0
+        shard.update(group)
+        size += new
+    yield shard
 
 
 def _shard_names(count: int) -> list[str]:
@@ -173,11 +175,11 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _replace(file: Path, write) -> None:
-    """Write a file whole or not at all."""
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all, spelled as transformers does."""
     temporary = file.with_name(f".{file.name}-{os.getpid()}.tmp")
     try:
-        write(temporary)
+        temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """What all language models share: they can be saved."""
 
+from typing import Any
+
 from flax import nnx
 
 
@@ -7,9 +9,11 @@ class Pretrained(nnx.Module):
     """A model that knows the config.json it was loaded with.
 
     Attributes:
+        config: what it looks like.
         config_json: that file's text; None for a model built from a config.
     """
 
+    config: Any
     config_json: str | None = None
 
     def save_pretrained(self, path, layout: str = "bitsandbytes", **options) -> None:

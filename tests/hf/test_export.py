@@ -133,10 +133,10 @@ def test_what_cannot_be_written_is_named(tmp_path):
     model = golden_model("llama")
     with pytest.raises(ValueError, match=r"layout='gguf' must be one of"):
         model.save_pretrained(tmp_path, layout="gguf")
-    with pytest.raises(ValueError, match="the model has no 4-bit weight; use layout=.float"):
+    with pytest.raises(ValueError, match=r"the model has no 4-bit weight; use layout=.float"):
         model.save_pretrained(tmp_path)
     new = CausalLM(model.config, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="was not loaded from a folder .* pass config="):
+    with pytest.raises(ValueError, match=r"was not loaded from a folder .* pass config="):
         new.save_pretrained(tmp_path, layout="float")
     assert not list(tmp_path.iterdir())
     data = json.loads((FOLDER / "llama" / "hf" / "config.json").read_text())
