@@ -6,7 +6,9 @@ field that is not known is an error.
 
 import dataclasses
 import functools
+import json
 import math
+import zlib
 from typing import Any
 
 import jax
@@ -62,7 +64,7 @@ class Header:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
-        return {
+        obj = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
             "only": self.only,
@@ -71,6 +73,7 @@ class Header:
             "boxes": {name: _box_to_json(box, name) for name, box in self.marks.boxes.items()},
             "scalings": self.marks.scalings,
         }
+        return {**obj, "crc32": _checksum(obj)}
 
     @classmethod
     def from_json(cls, obj: Any) -> "Header":
@@ -88,6 +91,10 @@ class Header:
             )
         if version < 1:
             raise ValueError(f"qjax.format_version must be positive, got {version}")
+        crc32 = get(obj, "crc32", int, "qjax")
+        obj = {key: value for key, value in obj.items() if key != "crc32"}
+        if crc32 != _checksum(obj):
+            raise ValueError(f"the qjax metadata are damaged: their CRC-32 is not {crc32}")
         known = {"format_version", "kind", "only", "leaves", "qtensors", "boxes", "scalings"}
         check_fields(obj, known, "qjax")
         return cls(
@@ -100,6 +107,10 @@ class Header:
                 entries(obj, "scalings", _scaling_from_json),
             ),
         )
+
+
+def _checksum(obj: Any) -> int:
+    return zlib.crc32(json.dumps(obj, sort_keys=True).encode())
 
 
 def statics(q: QTensor) -> dict[str, Any]:
