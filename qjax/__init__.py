@@ -21,6 +21,8 @@ from qjax.swap.linen import add_lora_params as add_lora_params
 from qjax.swap.linen import quantize_params as quantize_params
 from qjax.swap.linen_apply import apply as apply
 from qjax.swap.linen_apply import fused as fused
+from qjax.swap.report import memory_footprint as memory_footprint
+from qjax.swap.report import report as report
 from qjax.train import combine as combine
 from qjax.train import lora_mask as lora_mask
 from qjax.train import lora_optimizer as lora_optimizer

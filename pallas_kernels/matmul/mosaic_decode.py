@@ -176,7 +176,9 @@ class Block:
         ]
         for block in range(layout.scales):
             part = [[mg.zero()] * 4 for _ in range(layout.columns)]
-            for chunk in range(CHUNKS * block // layout.scales, CHUNKS * (block + 1) // layout.scales):
+            for chunk in range(
+                CHUNKS * block // layout.scales, CHUNKS * (block + 1) // layout.scales
+            ):
                 top, bottom = (
                     mg.decode_word(word, self.table, self.lane << 2) for word in words[chunk]
                 )

@@ -1,12 +1,16 @@
 """A GGUF file of llama.cpp: the model's sizes from its metadata, tensors decoded one at a time."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from qjax.core.qtensor import QTensor
 from qjax.hf.extras import require
-from qjax.hf.families import Names
+from qjax.hf.families.llama import LLAMA
 from qjax.models import ModelConfig, RopeConfig
 
 _LLAMA_NAMES = {
@@ -32,12 +36,15 @@ class GGUFFile:
     Attributes:
         config: what the model looks like.
         dtype: "float32": whatever the file stores, tensors are decoded to it.
-        modules: module path -> prefix of its tensors' names.
+        family: a Llama with the names of GGUF.
         tensors: names of the weights.
+        data, bnb, packed: nothing: a GGUF file has neither config.json nor weights of bitsandbytes.
     """
 
     dtype = "float32"
-    modules: Names = _LLAMA_NAMES
+    data = bnb = None
+    packed: Mapping[str, frozenset[str]] = MappingProxyType({})
+    family = dataclasses.replace(LLAMA, names=_LLAMA_NAMES)
 
     def __init__(self, path: Path):
         self.path = path
@@ -59,6 +66,10 @@ class GGUFFile:
             c = self.config
             return _half_rotation(weight, c.num_attention_heads if query else c.num_key_value_heads)
         return weight
+
+    def read_packed(self, name: str) -> QTensor:
+        """Never called: there is nothing in `packed`."""
+        raise KeyError(name)
 
     def _decode(self, name: str) -> np.ndarray:
         tensor = self._stored[name]
@@ -82,7 +93,7 @@ class GGUFFile:
             num_key_value_heads=get("llama.attention.head_count_kv", heads),
             head_dim=get("llama.attention.key_length", hidden // heads),
             max_position_embeddings=get("llama.context_length"),
-            rms_norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
+            norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
             rope=self._rope(),
             tie_word_embeddings="output.weight" not in self._stored,
         )
