@@ -109,6 +109,10 @@ class Int:
         """Zero-extend to 64 bits."""
         return Int(arith.extui(i64(), self.value))
 
+    def narrow(self) -> "Int":
+        """The low 32 bits."""
+        return Int(arith.trunci(i32(), self.value))
+
 
 def thread_index() -> Int:
     return Int(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))

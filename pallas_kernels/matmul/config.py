@@ -50,4 +50,4 @@ def choose_decode(m: int, n: int, k: int, block_size: int, sms: int) -> DecodeTi
     ]
     best = min(candidates, key=cost)
     slot = 16 * (math.ceil(panels / best.slabs) * DECODE_PANEL // 2 + 16)
-    return dataclasses.replace(best, stages=max(2, min(4, 100 * 1024 // slot)))
+    return dataclasses.replace(best, stages=2 if slot > 24 * 1024 else 3)
