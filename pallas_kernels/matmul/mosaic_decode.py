@@ -88,9 +88,8 @@ class Block:
             + (self.first_panel * (PANEL // 2)).wide()
         )
         last_k = ((self.first_panel + self.slab_panels) * PANEL).at_most(problem.k) - 1
-        first_block = self.first_panel * PANEL // problem.block_size
-        blocks = last_k // problem.block_size - first_block + 1
-        self.scales = ScaleReader(layout.scales, list(refs.scales), layer, first_block, blocks)
+        reader = ScaleReader(layout.scales, list(refs.scales), layer)
+        self.scales = reader.between(self.first_panel * PANEL, last_k)
         self.x, self.codebook = mg.global_address(refs.x), mg.global_address(refs.codebook)
         self.ring, self.table, self.partials, self.scale_table = (
             mg.shared_address(scratch[name]) for name in ("ring", "table", "partials", "decoded")

@@ -5,6 +5,7 @@ first granule. Double-quantized scales arrive as codes, with the second-level va
 each warp decodes its own once and shares them through shared memory.
 """
 
+import copy
 import dataclasses
 
 from jaxlib.mlir import ir
@@ -63,18 +64,17 @@ class ScaleLayout:
 
 
 class ScaleReader:
-    """Copies and reads the scales of one weight, or of slice `layer` of a stack."""
+    """Copies and reads scales of one weight, or of slice `layer` of a stack.
 
-    def __init__(
-        self, layout: ScaleLayout, refs: list[ir.Value], layer: mg.Int, first: mg.Int, count: mg.Int
-    ):
-        """Take `Operands.scales` and the range of blocks of each row that this block reads."""
+    `between` gives a reader for a range of blocks; columns count from its first.
+    """
+
+    def __init__(self, layout: ScaleLayout, refs: list[ir.Value], layer: mg.Int):
+        """Take `Operands.scales`."""
         self.layout, self.problem = layout, layout.problem
-        self.first, self.count = first, count
         bases = [mg.global_address(ref) for ref in refs]
-        row_bytes = self.problem.blocks * layout.itemsize
-        self.source = bases[0] + layer.wide() * (self.problem.n * row_bytes)
-        self.source = self.source + (first * layout.itemsize).wide()
+        self.row_bytes = self.problem.blocks * layout.itemsize
+        self.start = bases[0] + layer.wide() * (self.problem.n * self.row_bytes)
         if self.problem.double:
             _, absmax, offset, self.table_source, origin = bases
             self.absmax = absmax + layer.wide() * (4 * self.problem.groups)
@@ -83,6 +83,14 @@ class ScaleReader:
             if self.problem.stacked_table:
                 self.table_source = self.table_source + layer.wide() * TABLE_BYTES
 
+    def between(self, first_k: mg.Int, last_k: mg.Int) -> "ScaleReader":
+        """This reader for the blocks that hold a range of k, both ends included."""
+        reader = copy.copy(self)
+        reader.first = first_k // self.problem.block_size
+        reader.count = last_k // self.problem.block_size - reader.first + 1
+        reader.source = self.start + (reader.first * self.layout.itemsize).wide()
+        return reader
+
     def _window(self, start: mg.Int, size: mg.Int) -> tuple[mg.Int, mg.Int]:
         """The granules that hold `size` bytes from a global address, and no other."""
         offset = start.narrow() & (GRANULE - 1)
@@ -90,15 +98,14 @@ class ScaleReader:
 
     def row_window(self, row: mg.Int) -> tuple[mg.Int, mg.Int]:
         """What to copy for a row of the weight."""
-        start = self.source + row.wide() * (self.problem.blocks * self.layout.itemsize)
+        start = self.source + row.wide() * self.row_bytes
         return self._window(start, self.count * self.layout.itemsize)
 
     def row_offset(self, row: mg.Int) -> mg.Int:
         """Bytes of a row's first granule before its first scale."""
         if self.layout.aligned:
             return mg.Int(0)
-        row_bytes = self.problem.blocks * self.layout.itemsize
-        return (self.source.narrow() + row * row_bytes) & (GRANULE - 1)
+        return (self.source.narrow() + row * self.row_bytes) & (GRANULE - 1)
 
     def _group(self, row: mg.Int, block: mg.Int) -> mg.Int:
         """The second-level value of a scale; `block` counts from `first`."""
