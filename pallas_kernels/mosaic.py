@@ -145,6 +145,11 @@ def loop(stop: Int, carry: Sequence[ir.Value], body: Callable) -> list[ir.Value]
     return list(op.results)
 
 
+def and_or(a: Int, b: Int, c: Int) -> Int:
+    """(a & b) | c in one instruction; plain operators become two when an addition follows."""
+    return Int(_asm(i32(), [a, b, c], "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r"))
+
+
 def sync_block() -> None:
     gpu.barrier()
 
@@ -230,10 +235,10 @@ def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> l
     return [llvm.extractvalue(f32(), out, [i]) for i in range(4)]
 
 
-def wgmma(
+def wgmma_start(
     acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype
 ) -> list[ir.Value]:
-    """acc[64, n] += a[64, 16 s] @ b[16 s, n] by a warpgroup, finished on return.
+    """Start acc[64, n] += a[64, 16 s] @ b[16 s, n] by a warpgroup; `wgmma_finish` must follow.
 
     Args:
         acc: n / 2 floats.
@@ -245,16 +250,27 @@ def wgmma(
     shape = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name}"
     first = 2 * len(acc)  # outputs, then the inputs tied to them
     sums = ", ".join(f"${i}" for i in range(len(acc)))
-    lines = ["{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;", f"mov.b64 b, ${first + len(a)};", "wgmma.fence.sync.aligned;"]
+    lines = ["{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;", f"mov.b64 b, ${first + len(a)};"]
+    lines.append("wgmma.fence.sync.aligned;")
     for s in range(steps):
         words = ", ".join(f"${first + 4 * s + i}" for i in range(4))
         lines.append(f"{shape} {{{sums}}}, {{{words}}}, b, p, 1, 1, 0;")
         lines.append(f"add.s64 b, b, {b_step};")
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    return _tied(acc, [*a, b], "\n".join(lines), ["r"] * len(a) + ["l"])
+
+
+def wgmma_finish(acc: Sequence[ir.Value], a: Sequence[Int]) -> list[ir.Value]:
+    """Wait for `wgmma_start`; takes its `a` so that those registers are not used again before."""
+    return _tied(acc, a, "wgmma.wait_group.sync.aligned 0;", ["r"] * len(a))
+
+
+def _tied(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
+    """Inline code that reads and writes the floats `acc` in place."""
     ties = [str(i) for i in range(len(acc))]
-    constraints = ["=f"] * len(acc) + ties + ["r"] * len(a) + ["l", "~{memory}"]
+    constraints = ["=f"] * len(acc) + ties + constraints + ["~{memory}"]
     result = llvm.StructType.get_literal([f32()] * len(acc))
-    out = _asm(result, [*acc, *a, b], "\n".join(lines), ",".join(constraints), effects=True)
+    out = _asm(result, [*acc, *inputs], text, ",".join(constraints), effects=True)
     return [llvm.extractvalue(f32(), out, [i]) for i in range(len(acc))]
 
 
@@ -399,15 +415,18 @@ def count_arrival(counter: Int) -> Int:
 # The pair table: byte value -> its two codes as a 16-bit pair
 
 
-def build_pair_table(
-    table: Int, codebook: Int, dtype: jax.typing.DTypeLike, warp: Int, warps: int, lane: Int
-) -> None:
-    """Fill the 32 KB table from the float32 codebook [16]; the caller synchronizes the block.
+def load_code(codebook: Int) -> ir.Value:
+    """This lane's entry of a codebook [16], for `build_pair_table`; loaded early, used late."""
+    return load_float(codebook + ((thread_index() & 15) << 2).wide())
+
+
+def build_pair_table(table: Int, code: ir.Value, dtype: jax.typing.DTypeLike, warps: int) -> None:
+    """Fill the 32 KB table; the caller synchronizes the block.
 
     Entry e is copied once for each lane (at 128 e + 4 lane), so that no lookup has a bank conflict.
     The high nibble, which comes first along K, is the low half of the pair.
     """
-    code = load_float(codebook + ((lane & 15) << 2).wide())
+    warp, lane = warp_and_lane(thread_index())
     for first in range(0, 256, warps):
         entry = warp + first
         pair = pack_pair(shuffle(code, entry >> 4), shuffle(code, entry & 15), dtype)
@@ -420,9 +439,9 @@ def build_pair_table(
 
 
 def decode_word(word: Int, table: Int, lane_offset: Int) -> list[Int]:
-    """The 8 codes of a packed word as 4 pairs, in the order of K."""
+    """The 8 codes of a packed word as 4 pairs, in the order of K; `lane_offset` is 4 lane."""
     shifted = [word << 7, word >> 1, word >> 9, word >> 17]
-    return [load_word(((s & 0x7F80) | lane_offset) + table) for s in shifted]
+    return [load_word(and_or(s, Int(0x7F80), lane_offset) + table) for s in shifted]
 
 
 def warp_and_lane(index: Int) -> tuple[Int, Int]:

@@ -61,11 +61,15 @@ class MidTiles:
         slabs: parts of K in different blocks, summed by a second kernel when there are several.
         stages: stages of 256 k in flight in a block.
         window: k whose scales are decoded at once, a multiple of 256.
+        depth: k that a warpgroup decodes and multiplies at once, 64 or 128.
+        overlap: a warpgroup decodes the next part while it multiplies.
     """
 
     slabs: int = 1
     stages: int = 3
     window: int = 2048
+    depth: int = 128
+    overlap: bool = True
 
 
 def choose_mid(m: int, n: int, k: int, block_size: int, sms: int) -> MidTiles:
@@ -79,4 +83,4 @@ def choose_mid(m: int, n: int, k: int, block_size: int, sms: int) -> MidTiles:
     slabs = min(range(1, min(steps, 16) + 1), key=cost)
     stages = 5 if m <= 16 else 4 if m <= 32 else 3 if m <= 64 else 2
     window = min(2048 if m <= 96 else 1024, 32 * block_size)
-    return MidTiles(slabs, stages, max(256, window))
+    return MidTiles(slabs, stages, max(256, window), 128 if m <= 64 else 64)

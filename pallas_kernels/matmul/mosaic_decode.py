@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.matmul.config import DecodeTiles
@@ -139,9 +140,9 @@ class Block:
         target = self.slot(i) + ROWS * (self.layout.pitch + self.layout.scales.pitch)
         mg.copy_bulk(target, source, size, self.barriers.address(stage))
 
-    def load_x(self) -> list[mg.Int]:
-        """The mma B fragments of this warp's panels, zero where x has no row or column."""
-        words, m, k = [], self.problem.m, self.problem.k
+    def load_x(self) -> list[tuple[ir.Value, list[mg.Int]]]:
+        """Start to load the mma B fragments of this warp's panels: (where x has them, 4 words)."""
+        parts, m, k = [], self.problem.m, self.problem.k
         for step in range(self.layout.steps):
             panel = self.panel(step)
             inside = panel < self.slab_panels
@@ -152,9 +153,8 @@ class Block:
                     place = first + chunk * CHUNK
                     valid = mg.both(mg.both(row < m, place < k), inside)
                     offset = mg.select(valid, row * k + place, 0)
-                    part = mg.load_words(self.x + (offset << 1).wide())
-                    words += [mg.select(valid, word, 0) for word in part]
-        return words
+                    parts.append((valid, mg.load_words(self.x + (offset << 1).wide())))
+        return parts
 
     def multiply(self, i: mg.Int, x: list[mg.Int]) -> list[list]:
         """This warp's partial product of tile i: 4 floats for each group of 8 columns."""
@@ -262,16 +262,19 @@ class Block:
         stages, warps = self.tiles.stages, self.tiles.warps
         with mg.when(mg.thread_index().equals(0)):
             self.barriers.initialize(ROWS + self.problem.double)
+        code = mg.load_code(self.codebook)
+        scale_table = self.scales.load_table() if self.problem.double else []
         mg.sync_block()
         for i in range(stages):
             with mg.when(mg.Int(i) < self.count):
                 self.copy_tile(mg.Int(i))
+        # The loads above and these overlap: nothing waits for one before the last has started.
+        x = self.load_x()
+        mg.build_pair_table(self.table, code, self.problem.dtype, warps)
         if self.problem.double:
             with mg.when(self.warp.equals(0)):
-                self.scales.copy_table(self.scale_table)
-        x = self.load_x()
-        dtype = self.problem.dtype
-        mg.build_pair_table(self.table, self.codebook, dtype, self.warp, warps, self.lane)
+                self.scales.store_table(self.scale_table, scale_table)
+        x = [mg.select(valid, word, 0) for valid, words in x for word in words]
         mg.sync_block()
 
         def body(i: mg.Int, _) -> list:

@@ -118,12 +118,17 @@ class ScaleReader:
         size = (self._group(last_row, self.count - 1) - first + 1) << 2
         return self._window(self.absmax + (first << 2).wide(), size)
 
-    def copy_table(self, table: mg.Int) -> None:
-        """By one warp: the 8-bit table, to shared memory."""
+    def load_table(self) -> list[mg.Int]:
+        """A warp's share of the 8-bit table, for `store_table`; loaded early, stored late."""
         lane = mg.thread_index() & 31
-        for first in range(0, TABLE_BYTES // 4, mg.WARP):
-            place = (lane + first) << 2
-            mg.store(table + place, mg.load_word(self.table_source + place.wide()))
+        places = range(0, TABLE_BYTES // 4, mg.WARP)
+        return [mg.load_word(self.table_source + ((lane + p) << 2).wide()) for p in places]
+
+    def store_table(self, table: mg.Int, words: list[mg.Int]) -> None:
+        """By one warp: the table to shared memory."""
+        lane = mg.thread_index() & 31
+        for i, word in enumerate(words):
+            mg.store(table + ((lane + i * mg.WARP) << 2), word)
 
     def read(self, tile: mg.Int, tile_row: mg.Int, row: mg.Int, column: mg.Int, count: int):
         """`count` float32 scales of a row from a column on, the last one again past the end."""
