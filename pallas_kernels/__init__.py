@@ -1,0 +1,13 @@
+"""Kernels for 4-bit weights: raw arrays in, raw arrays out.
+
+`matmul`, `dequantize` and `quantize` pick the fastest implementation that can run on the device
+and the shapes at hand; `explain` says which one that is, and why not another.
+"""
+
+from pallas_kernels.dequantize import dequantize as dequantize
+from pallas_kernels.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
+from pallas_kernels.dispatch import explain as explain
+from pallas_kernels.dispatch import resolve as resolve
+from pallas_kernels.matmul import matmul as matmul
+from pallas_kernels.quantize import quantize as quantize
+from pallas_kernels.scales import DoubleQuantScales as DoubleQuantScales

@@ -373,9 +373,7 @@ class Barriers:
 
 def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
     """Copy `size` bytes (16-byte aligned, as both addresses) to shared memory, counted by a barrier."""
-    text = (
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
-    )
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
 
 

@@ -1,8 +1,9 @@
-"""Blockwise dequantization in plain jnp: the numerics that every implementation must equal bit for bit."""
+"""Blockwise dequantization in plain jnp: what every implementation must equal bit for bit."""
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.lookup import lookup
 from pallas_kernels.packing import unpack
 from pallas_kernels.scales import DoubleQuantScales, decode_scales
 
@@ -25,7 +26,7 @@ def dequantize(
     Returns:
         `dtype` [N, K].
     """
-    values = jnp.take(codebook, unpack(packed).astype(jnp.int32))
+    values = lookup(codebook, unpack(packed))
     scale = decode_scales(scales)
     blocks = values.reshape(*scale.shape, block_size) * scale[..., None]
     return blocks.reshape(values.shape).astype(dtype)

@@ -15,7 +15,10 @@ DTYPES = ("bfloat16", "float16")
 
 
 def unsupported(
-    x: jax.Array | jax.ShapeDtypeStruct, packed: jax.Array | jax.ShapeDtypeStruct, *, block_size: int
+    x: jax.Array | jax.ShapeDtypeStruct,
+    packed: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    block_size: int,
 ) -> str | None:
     """Why these kernels cannot run a call (the device apart), or None. Shapes as in `matmul`."""
     dtype = jnp.dtype(x.dtype).name
