@@ -1,19 +1,25 @@
-"""Building blocks of the Mosaic GPU kernels: registers, raw memory, mbarriers and matrix instructions.
+"""Building blocks of the Mosaic GPU kernels: registers, raw memory, barriers, matrix instructions.
 
-The kernels are written a thread at a time, as in CUDA, inside `plgpu.inline_mgpu`. Integer registers
-are `Int`; floats and packed pairs are plain MLIR values. This file is the only one that touches
-MLIR, PTX and the unstable parts of Pallas Mosaic GPU.
+The kernels are written a thread at a time, as in CUDA, inside `plgpu.inline_mgpu`. Integer
+registers are `Int`, floats are plain MLIR values. PTX and the unstable parts of Pallas Mosaic GPU
+stay in this file.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, math, scf
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, scf
+from jax.extend.mlir.dialects import math as math_dialect
+
+# The dialects that `jax.extend` lacks.
+llvm, gpu = utils.llvm, utils.gpu
+Value = ir.Value
 
 WARP = 32
 WARPGROUP = 128
@@ -26,6 +32,16 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 )
 
 
+def device_kind() -> str:
+    """Name of the device that the current trace is for; that of an H100 when unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("gpu")[0].device_kind
+    return "NVIDIA H100 80GB HBM3"
+
+
 def multiprocessors() -> int:
     """Number of SMs of the device that the current trace is for; 132 (H100 SXM) when unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -36,22 +52,32 @@ def multiprocessors() -> int:
     return 132
 
 
+def shared_bytes(scratch: dict) -> int:
+    """Shared memory of a block that allocates these, each aligned to 1 KB."""
+    sizes = (math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in scratch.values())
+    return sum(-(-size // 1024) * 1024 for size in sizes)
+
+
 # Registers
 
 
 def i32() -> ir.Type:
+    """The type of a word."""
     return ir.IntegerType.get_signless(32)
 
 
 def i64() -> ir.Type:
+    """The type of a global address."""
     return ir.IntegerType.get_signless(64)
 
 
 def f32() -> ir.Type:
+    """The type of a float."""
     return ir.F32Type.get()
 
 
 def element_type(dtype: jax.typing.DTypeLike) -> ir.Type:
+    """The MLIR type of a JAX dtype."""
     return utils.dtype_to_ir_type(jnp.dtype(dtype))
 
 
@@ -100,9 +126,11 @@ class Int:
         return arith.cmpi(arith.CmpIPredicate.ult, *self._operands(other))
 
     def equals(self, other) -> ir.Value:
+        """Whether they are equal, as an i1 value."""
         return arith.cmpi(arith.CmpIPredicate.eq, *self._operands(other))
 
     def at_most(self, other) -> "Int":
+        """The lesser."""
         return Int(arith.minui(*self._operands(other)))
 
     def wide(self) -> "Int":
@@ -115,19 +143,23 @@ class Int:
 
 
 def thread_index() -> Int:
+    """This thread in its block."""
     return Int(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
 
 
 def block_index() -> Int:
+    """This block in the grid."""
     return Int(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
 
 def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
+    """`yes` where the condition holds, else `no`."""
     no = Int(no) if isinstance(no, int) else no
     return Int(arith.select(condition, yes.value, no.value))
 
 
 def both(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Whether two conditions hold."""
     return arith.andi(a, b)
 
 
@@ -151,6 +183,7 @@ def and_or(a: Int, b: Int, c: Int) -> Int:
 
 
 def sync_block() -> None:
+    """Wait for all threads of the block; what they wrote before can be read."""
     gpu.barrier()
 
 
@@ -161,6 +194,7 @@ def _asm(result, operands, text, constraints, effects=False):
 
 
 def sync_warp() -> None:
+    """Wait for all lanes of the warp; what they wrote before can be read."""
     _asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", effects=True)
 
 
@@ -174,28 +208,33 @@ def shuffle(value: ir.Value, lane: Int) -> ir.Value:
 
 
 def zero() -> ir.Value:
+    """0.0."""
     return arith.constant(f32(), 0.0)
 
 
 def add(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Sum of two floats."""
     return arith.addf(a, b)
 
 
 def mul(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Product of two floats."""
     return arith.mulf(a, b)
 
 
 def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return math.fma(a, b, c)
+    """Return a * b + c, rounded once."""
+    return math_dialect.fma(a, b, c)
 
 
 def mul_then_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c with both roundings, which the compiler may not contract."""
+    """Return a * b + c with both roundings, which the compiler may not contract."""
     text = "{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }"
     return _asm(f32(), [a, b, c], text, "=f,f,f,f")
 
 
 def tree_sum(values: Sequence[ir.Value]) -> ir.Value:
+    """Sum of floats, in a fixed order."""
     values = list(values)
     while len(values) > 1:
         pairs = zip(values[0::2], values[1::2])
@@ -204,6 +243,7 @@ def tree_sum(values: Sequence[ir.Value]) -> ir.Value:
 
 
 def round_to(value: ir.Value, dtype: jax.typing.DTypeLike) -> ir.Value:
+    """A float in another dtype."""
     type_ = element_type(dtype)
     return value if type_ == value.type else arith.truncf(type_, value)
 
@@ -219,6 +259,7 @@ def pack_pair(low: ir.Value, high: ir.Value, dtype: jax.typing.DTypeLike) -> Int
 
 
 def mul_pairs(a: Int, b: Int, dtype: jax.typing.DTypeLike) -> Int:
+    """Product of two words of pairs, element by element."""
     text = f"mul.rn.{_ptx_name(dtype)}x2 $0, $1, $2;"
     return Int(_asm(i32(), [a, b], text, "=r,r,r"))
 
@@ -287,10 +328,12 @@ def matrix_descriptor(address: Int, row_step: int, group_step: int) -> Int:
 
 
 def shared_address(ref: ir.Value) -> Int:
+    """Address of a reference in shared memory."""
     return Int(llvm.ptrtoint(i32(), utils.memref_ptr(ref)))
 
 
 def global_address(ref: ir.Value) -> Int:
+    """Address of a kernel argument."""
     return Int(llvm.ptrtoint(i64(), utils.memref_ptr(ref)))
 
 
@@ -300,6 +343,7 @@ def _pointer(address: Int) -> ir.Value:
 
 
 def load_float(address: Int) -> ir.Value:
+    """Load a float."""
     return llvm.load(f32(), _pointer(address), alignment=4)
 
 
@@ -315,6 +359,7 @@ def load_floats(address: Int, count: int) -> list[ir.Value]:
 
 
 def load_word(address: Int) -> Int:
+    """Load 4 bytes."""
     return Int(llvm.load(i32(), _pointer(address), alignment=4))
 
 
@@ -325,11 +370,13 @@ def load_words(address: Int) -> list[Int]:
 
 
 def load_byte(address: Int) -> Int:
+    """Load a byte."""
     byte = llvm.load(ir.IntegerType.get_signless(8), _pointer(address), alignment=1)
     return Int(arith.extui(i32(), byte))
 
 
 def store(address: Int, value: Int | ir.Value) -> None:
+    """Store a value of any type."""
     value = value.value if isinstance(value, Int) else value
     llvm.store(value, _pointer(address), alignment=utils.bytewidth(value.type))
 
@@ -338,7 +385,7 @@ def store(address: Int, value: Int | ir.Value) -> None:
 
 
 class Barriers:
-    """A ring of mbarriers (8 bytes each in shared memory), each completed by one arrival and its bytes."""
+    """Mbarriers in shared memory, 8 bytes each, completed by arrivals and the bytes they expect."""
 
     def __init__(self, ref: ir.Value, count: int):
         self.ref, self.base, self.count = ref, shared_address(ref), count
@@ -352,6 +399,7 @@ class Barriers:
         _asm(None, [], "fence.mbarrier_init.release.cluster;", "~{memory}", effects=True)
 
     def address(self, slot: Int) -> Int:
+        """Address of a barrier."""
         return self.base + (slot << 3)
 
     def expect(self, slot: Int, size: Int) -> None:
@@ -360,9 +408,11 @@ class Barriers:
         _asm(None, [self.address(slot), size], text, "r,r,~{memory}", effects=True)
 
     def reference(self, slot: Int) -> utils.BarrierRef:
+        """The same for `copy_tensor`."""
         return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
 
     def wait(self, slot: Int, parity: Int) -> None:
+        """Wait for the phase of this parity (0 first) to complete."""
         text = (
             "{ .reg .pred done;\n"
             "again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n"
@@ -372,7 +422,7 @@ class Barriers:
 
 
 def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
-    """Copy `size` bytes (16-byte aligned, as both addresses) to shared memory, counted by a barrier."""
+    """Copy `size` bytes to shared memory, counted by a barrier; all in multiples of 16 bytes."""
     text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
 

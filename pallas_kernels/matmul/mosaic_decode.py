@@ -2,10 +2,10 @@
 
 A block holds one slice of K (a "slab", split among its warps in panels of 256) and walks over tiles
 of 16 weight rows. The fragments of x stay in registers for the whole kernel. Rows of packed bytes
-come through a ring of bulk copies. A byte becomes a pair of 16-bit codes by one shared-memory lookup,
-m16n8k16 products accumulate a scale block, and the block sum is multiplied by its float32 scale.
-The same order of K on both sides: lane q of a quad owns bytes 4q..4q+3 of each 16, that is 8
-consecutive k, so x is read in its natural order. Sums over warps and slabs have a fixed order.
+come through a ring of bulk copies. A byte becomes a pair of 16-bit codes by one shared-memory
+lookup, m16n8k16 products accumulate a scale block, and the block sum is multiplied by its float32
+scale. The order of K is the same on both sides: lane q of a quad owns bytes 4q..4q+3 of each 16,
+that is 8 consecutive k, so x is read in its natural order. Sums have a fixed order.
 """
 
 import functools
@@ -13,15 +13,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels.matmul.config import DECODE_PANEL as PANEL
 from pallas_kernels.matmul.config import DecodeTiles
 from pallas_kernels.matmul.mosaic_scales import TABLE_BYTES, ScaleLayout, ScaleReader
 from pallas_kernels.matmul.problem import Operands, Problem
 
 ROWS = 16  # weight rows of a tile: the m of the mma
-PANEL = 256  # k of a warp's step
 CHUNK = 32  # k of 16 packed bytes: two mma steps
 CHUNKS = PANEL // CHUNK
 COLUMN = ROWS + 4  # floats between columns of a partial result: no bank conflict when it is written
@@ -51,6 +50,7 @@ class Layout:
         self.decoded = self.steps * ROWS * self.per_panel if problem.double else 0  # of one warp
 
     def scratch(self, tiles: DecodeTiles) -> dict:
+        """Shared memory of a block, by name."""
         decoded = TABLE_BYTES // 4 + tiles.warps * self.decoded
         return {
             "ring": plgpu.SMEM((tiles.stages * self.slot // 4,), jnp.int32),
@@ -61,13 +61,7 @@ class Layout:
         }
 
 
-def shared_bytes(problem: Problem, tiles: DecodeTiles) -> int:
-    """Shared memory of a block."""
-    scratch = Layout(problem, tiles, 132).scratch(tiles).values()
-    return sum(-(-ref.shape[0] * 4 // 1024) * 1024 for ref in scratch)
-
-
-class Block:
+class _Block:
     """One thread's view of the kernel."""
 
     def __init__(self, problem, tiles, layout, refs: Operands, out, scratch):
@@ -135,12 +129,14 @@ class Block:
     def copy_groups(self, i: mg.Int) -> None:
         """The second level of the scales of tile i."""
         stage = i % self.tiles.stages
-        source, size = self.scales.group_window(self.row(i, mg.Int(0)), self.row(i, mg.Int(ROWS - 1)))
+        source, size = self.scales.group_window(
+            self.row(i, mg.Int(0)), self.row(i, mg.Int(ROWS - 1))
+        )
         self.barriers.expect(stage, size)
         target = self.slot(i) + ROWS * (self.layout.pitch + self.layout.scales.pitch)
         mg.copy_bulk(target, source, size, self.barriers.address(stage))
 
-    def load_x(self) -> list[tuple[ir.Value, list[mg.Int]]]:
+    def load_x(self) -> list[tuple[mg.Value, list[mg.Int]]]:
         """Start to load the mma B fragments of this warp's panels: (where x has them, 4 words)."""
         parts, m, k = [], self.problem.m, self.problem.k
         for step in range(self.layout.steps):
@@ -186,7 +182,7 @@ class Block:
         return acc
 
     def multiply_chunk(self, words: list[mg.Int], x: list[mg.Int], part: list[list]) -> None:
-        """Add the products of 32 k to `part`; x starts at the chunk's words of the first columns."""
+        """Add the products of 32 k to `part`; x starts at the words of the first columns."""
         top, bottom = (mg.decode_word(word, self.table, self.lane << 2) for word in words)
         for half in (0, 2):
             a = [top[half], bottom[half], top[half + 1], bottom[half + 1]]
@@ -225,9 +221,7 @@ class Block:
         for index, raw in pending:
             mg.store(self.decoded + (index << 2), self.scales.decode(raw, self.scale_table))
         mg.sync_warp()
-        return [
-            mg.load_floats(self.decoded + (r + step * ROWS) * (4 * count), count) for r in rows
-        ]
+        return [mg.load_floats(self.decoded + (r + step * ROWS) * (4 * count), count) for r in rows]
 
     def write_partial(self, i: mg.Int, acc: list[list]) -> None:
         buffer = (i & 1) * self.tiles.warps + self.warp
@@ -306,7 +300,7 @@ def build(problem: Problem, tiles: DecodeTiles, sms: int):
 
         @plgpu.inline_mgpu(arg_types=types)
         def body(_, refs, out, scratch):
-            Block(problem, tiles, layout, refs, out, scratch).run()
+            _Block(problem, tiles, layout, refs, out, scratch).run()
 
         body(refs, out, scratch)
 

@@ -1,10 +1,10 @@
-"""Hopper matmul for small batches, 16 < M <= 128: y^T = W x^T with the weight decoded into registers.
+"""Hopper matmul for small batches, 16 < M <= 128: y^T = W x^T, W decoded into registers.
 
-A block holds 128 weight rows and one slice of K (a "slab"). Two warpgroups take 64 rows each, two more
-the same rows on the other half of each stage of 256 k. A warpgroup decodes 64 or 128 k into the
-registers of wgmma's left operand, multiplied by the scales in x's dtype. x
-is the right operand in shared memory. It is reordered first, so that the 8 consecutive k of a packed
-word fall where a lane's registers need them. The last warp to finish a stage starts its next copy.
+A block holds 128 weight rows and one slice of K (a "slab"). Two warpgroups take 64 rows each, two
+more the same rows on the other half of each stage of 256 k. A warpgroup decodes 64 or 128 k into
+the registers of wgmma's left operand, multiplied by the scales in x's dtype. x is the right operand
+in shared memory. It is reordered first, so that the 8 consecutive k of a packed word fall where a
+lane's registers need them. The last warp to finish a stage starts its next copy.
 """
 
 import functools
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels.matmul.config import MID_ROWS as ROWS
+from pallas_kernels.matmul.config import MID_STAGE as STAGE
 from pallas_kernels.matmul.config import MidTiles
 from pallas_kernels.matmul.mosaic_scales import TABLE_BYTES, ScaleLayout, ScaleReader
 from pallas_kernels.matmul.problem import Operands, Problem
 
-ROWS = 128  # weight rows of a block
-STAGE = 256  # k of a stage
 CHUNK = 32  # k of 16 packed bytes
 WARPS = 16
 THREADS = WARPS * mg.WARP
@@ -46,6 +46,7 @@ class Layout:
         self.out_columns = min(self.columns, 32 if self.columns <= 32 else 64)
 
     def scratch(self, tiles: MidTiles) -> dict:
+        """Shared memory of a block, by name."""
         ring = tiles.stages * self.x_stage // 4
         return {
             "x": plgpu.SMEM((max(ring, 2 * self.out_columns * OUT_PITCH),), jnp.int32),
@@ -59,7 +60,7 @@ class Layout:
         }
 
 
-class Block:
+class _Block:
     """One thread's view of the kernel."""
 
     def __init__(self, context, problem, tiles, layout, refs: Operands, out, scratch):
@@ -102,9 +103,7 @@ class Block:
         start += [self.first_row, place * STAGE_BYTES]
         target, shape = mg.element(self.packed, slot), (ROWS, STAGE_BYTES)
         reference = self.barriers.reference(slot)
-        mg.copy_tensor(
-            self.context, self.packed_source, target, start, shape, reference, SWIZZLE
-        )
+        mg.copy_tensor(self.context, self.packed_source, target, start, shape, reference, SWIZZLE)
 
     def window_reader(self, window: mg.Int) -> ScaleReader:
         first = (self.first_step + window * self.layout.window) * STAGE
@@ -317,7 +316,7 @@ def build(problem: Problem, tiles: MidTiles):
 
         @plgpu.inline_mgpu(arg_types=types)
         def body(context, refs, out, scratch):
-            Block(context, problem, tiles, layout, refs, out, scratch).run()
+            _Block(context, problem, tiles, layout, refs, out, scratch).run()
 
         body(refs, out, scratch)
 
