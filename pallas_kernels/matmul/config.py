@@ -24,6 +24,26 @@ class DecodeTiles:
     stages: int = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class LargeTiles:
+    """Tiles of `mosaic_large`.
+
+    Attributes:
+        outputs: outputs of a block's tile, 64 or 128.
+        rows: rows of x of a tile, 128 or 256.
+        slots: steps in flight, a multiple of `decoders`.
+        decoders: warpgroups that decode.
+        registers: a thread's registers when multiplying and when decoding; None leaves the split
+            to the launch.
+    """
+
+    outputs: int = 128
+    rows: int = 256
+    slots: int = 4
+    decoders: int = 1
+    registers: tuple[int, int] | None = (208, 88)
+
+
 def decode_fits(m: int, panels: int, tiles: DecodeTiles) -> bool:
     """Whether the fragments of x fit in registers: 32 for 8 rows of x and a panel."""
     fragments = math.ceil(m / 8) * math.ceil(panels / tiles.slabs / tiles.warps)
