@@ -48,6 +48,7 @@ class Target(NamedTuple):
 
     @property
     def is_cuda(self) -> bool:
+        """Whether it is an NVIDIA GPU."""
         return self.capability is not None
 
 
@@ -60,6 +61,7 @@ class Resolution(NamedTuple):
 
     @property
     def implementation(self) -> str:
+        """The implementation that the backend belongs to."""
         return self.backend.implementation
 
     def __str__(self) -> str:
@@ -69,7 +71,7 @@ class Resolution(NamedTuple):
 
 
 def target() -> Target:
-    """The device that is traced for: the abstract mesh's, else the default device, else device 0."""
+    """Return the device traced for: the abstract mesh's, else the default, else device 0."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
         platform = abstract.platform or "cpu"
@@ -81,7 +83,7 @@ def target() -> Target:
     return Target(device.platform, device.device_kind, _capability(device))
 
 
-def _capability(device: jax.Device) -> tuple[int, int] | None:
+def _capability(device) -> tuple[int, int] | None:
     text = str(getattr(device, "compute_capability", ""))
     major, _, minor = text.partition(".")
     if device.platform != "gpu" or not (major.isdigit() and minor.isdigit()):

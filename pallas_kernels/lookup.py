@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def lookup(table: jax.Array, codes: jax.Array) -> jax.Array:
-    """Return `table[codes]` for codes known to lie inside the table: no bounds checks are compiled."""
-    return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+def lookup(table: ArrayLike, codes: ArrayLike) -> jax.Array:
+    """Return `table[codes]` for codes inside the table: no bounds checks are compiled."""
+    return jnp.asarray(table).at[jnp.asarray(codes, jnp.int32)].get(mode="promise_in_bounds")

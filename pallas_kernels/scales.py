@@ -22,7 +22,7 @@ class DoubleQuantScales(NamedTuple):
         absmax: float32 [ceil(rows * pitch / 256)], of the whole weight.
         offset: float32 scalar.
         table: float32 [256], the 8-bit code table.
-        origin: int32 [2], the row and block at which a shard of a larger weight starts; None is (0, 0).
+        origin: int32 [2], row and block at which a shard of a larger weight starts; None is 0, 0.
         pitch: int, blocks in a row of the whole weight; None is `codes.shape[-1]`.
     """
 
@@ -44,15 +44,15 @@ def decode_scales(scales: jax.Array | DoubleQuantScales) -> jax.Array:
         padding = -codes.size % SECOND_LEVEL_BLOCK
         groups = jnp.pad(values.reshape(-1), (0, padding)).reshape(-1, SECOND_LEVEL_BLOCK)
         products = (groups * absmax[:, None]).reshape(-1)[: codes.size].reshape(codes.shape)
-        return _add_rounded(products, offset)
+        return add_rounded(products, offset)
     row = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0)
     block = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1)
     if origin is not None:
         row, block = row + origin[0], block + origin[1]
     group = (row * (pitch or codes.shape[-1]) + block) // SECOND_LEVEL_BLOCK
-    return _add_rounded(values * lookup(absmax, group), offset)
+    return add_rounded(values * lookup(absmax, group), offset)
 
 
-def _add_rounded(product: jax.Array, offset: jax.Array) -> jax.Array:
-    # Two roundings, as in bitsandbytes: the barrier keeps the compiler from a fused multiply-add.
+def add_rounded(product: jax.Array, offset: jax.Array) -> jax.Array:
+    """Add with a rounding of its own, as bitsandbytes does: no fused multiply-add."""
     return jax.lax.optimization_barrier(product) + offset

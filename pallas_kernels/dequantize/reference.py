@@ -1,4 +1,4 @@
-"""Blockwise dequantization in plain jnp: the numerics that every implementation must equal bit for bit."""
+"""Blockwise dequantization in plain jnp: what every implementation must equal bit for bit."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Products with few rows of x on a CPU: decode a cache-sized tile of weight rows, use it, forget it.
+"""Few rows of x on a CPU: decode a cache-sized tile of weight rows, use it, forget it.
 
 XLA's CPU backend writes a decoded weight out to memory and reads it back; a tile that stays in the
 cache is 4 to 8 times faster (benchmarks/results/cpu.json). Bytes are not unzipped into columns:

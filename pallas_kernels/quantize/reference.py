@@ -1,4 +1,4 @@
-"""Blockwise absmax quantization to a 16-entry codebook in plain jnp, bit-equal to bitsandbytes on a CPU.
+"""Blockwise absmax quantization in plain jnp, bit-equal to bitsandbytes on a CPU.
 
 Every step is float32: `s = x * (1 / absmax)`, then the number of decision bounds (midpoints of the
 sorted codebook) below `s`. A tie goes to the lower value and NaN to the top one.
@@ -20,7 +20,7 @@ _UP = 100
 
 
 def decision_bounds(codebook: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 15 float32 midpoints of the sorted codebook, and the code of each of its 16 places."""
+    """Return the 15 midpoints of the sorted float32 codebook, and the code of each place."""
     table = np.asarray(codebook, np.float32)
     # Of two equal values (FP4's zeros) the lower code comes first.
     order = np.argsort(table, kind="stable").astype(np.uint8)
@@ -68,7 +68,7 @@ def _times_2_100(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 
 def _flushed(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """Return x with subnormals replaced by 2**-80: all that counts beside a larger absmax is their sign."""
+    """Return x with subnormals as 2**-80: beside a larger absmax only their sign counts."""
     subnormal = (bits > 0) & (bits < 0x00800000)
     return jnp.where(subnormal, jnp.copysign(np.float32(2.0**-80), x), x)
 

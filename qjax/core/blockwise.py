@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import quantize as quantize_rows
 from pallas_kernels.packing import pack
 from pallas_kernels.quantize.reference import SMALLEST_SCALE, encode, normalize, to_float32
-from pallas_kernels.quantize.reference import quantize as quantize_rows
 from qjax.core.codebook import codebook
+from qjax.core.concrete import is_concrete
 from qjax.core.config import QuantConfig
 from qjax.core.double_quant import quantize_scales
 from qjax.core.qtensor import QTensor, layout_for
 
+DEFAULT = QuantConfig()
+
 
 def quantize(
     w: jax.Array,
-    cfg: QuantConfig = QuantConfig(),
+    cfg: QuantConfig = DEFAULT,
     contract_axes: tuple[int, ...] = (0,),
     check_finite: bool = True,
     *,
@@ -59,7 +62,7 @@ def quantize(
     dtype = jnp.dtype(w.dtype)
     arrays = _quantize(w, cfg.format, cfg.block_size, cfg.double_quant, axes, batch_ndim)
     packed, scales, finite = arrays
-    if check_finite and not isinstance(finite, jax.core.Tracer) and not finite:
+    if check_finite and is_concrete(finite) and not finite:
         raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
     slice_shape = tuple(w.shape[batch_ndim:])
     layout = layout_for(math.prod(slice_shape[i] for i in axes), cfg.block_size)
@@ -70,7 +73,9 @@ def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     normal = tuple(sorted(axis + ndim if axis < 0 else axis for axis in axes))
     if not axes or len(set(normal)) != len(axes) or not all(0 <= a < ndim for a in normal):
-        raise ValueError(f"{name}: contract_axes={axes} must be distinct axes of a rank-{ndim} slice")
+        raise ValueError(
+            f"{name}: contract_axes={axes} must be distinct axes of a rank-{ndim} slice"
+        )
     return normal
 
 

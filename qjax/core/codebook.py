@@ -1,8 +1,8 @@
 """The 4-bit formats: a name and sixteen float32 values each.
 
-`nf4` is NormalFloat4 of QLoRA (Dettmers et al. 2023, appendix E): quantiles of N(0, 1) with an exact
-zero. `fp4` is bitsandbytes' FP4: sign, then the magnitudes 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4 in
-code order. It is not the OCP E2M1 format, whose smallest non-zero magnitude is sixteen times larger.
+`nf4` is NormalFloat4 of QLoRA (Dettmers et al. 2023, appendix E): quantiles of N(0, 1) with an
+exact zero. `fp4` is bitsandbytes' FP4: a sign, then the magnitudes 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6,
+1/4 in code order. It is not OCP's E2M1, whose smallest non-zero magnitude is 16 times larger.
 """
 
 import numpy as np

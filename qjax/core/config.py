@@ -51,7 +51,7 @@ class QuantConfig:
         if isinstance(self.block_size, bool) or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
         if not isinstance(self.double_quant, bool):
-            raise ValueError(f"double_quant must be True or False, got {self.double_quant!r}")
+            raise TypeError(f"double_quant must be True or False, got {self.double_quant!r}")
         dtype = jnp.dtype(self.compute_dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"compute_dtype must be a floating dtype, got {dtype}")
@@ -62,7 +62,7 @@ class QuantConfig:
         for pattern, fields in self.overrides:
             try:
                 self._replace(fields)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from None
 
     def _set(self, name: str, value):
@@ -86,7 +86,7 @@ def patterns(name: str, value) -> tuple[str, ...] | None:
     value = (value,) if isinstance(value, str) else tuple(value)
     for pattern in value:
         if not isinstance(pattern, str):
-            raise ValueError(f"{name} must hold strings, got {pattern!r}")
+            raise TypeError(f"{name} must hold strings, got {pattern!r}")
         try:
             re.compile(pattern)
         except re.error as error:

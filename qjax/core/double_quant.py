@@ -1,4 +1,4 @@
-"""Double quantization: the float32 scales themselves in 8 bits (QLoRA section 3, bitsandbytes' "nested").
+"""Double quantization: the scales themselves in 8 bits (QLoRA section 3; "nested" elsewhere).
 
 The mean of a weight's scales is subtracted; what is left is quantized in flat blocks of 256 with an
 absmax each and the 256-entry "dynamic" table, whose step shrinks towards zero.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lookup import lookup
-from pallas_kernels.scales import SECOND_LEVEL_BLOCK, DoubleQuantScales
+from pallas_kernels.scales import SECOND_LEVEL_BLOCK, DoubleQuantScales, add_rounded
 
 
 @jax.tree_util.register_dataclass
@@ -89,8 +89,18 @@ def _grid_codes() -> np.ndarray:
 
 
 def kernel_scales(scales: jax.Array | DoubleQuant) -> jax.Array | DoubleQuantScales:
-    """Return the scales of one slice, of any shape [*rows, blocks], as the kernels take them: [N, blocks]."""
+    """Return the scales [*rows, blocks] of one slice as the kernels take them: [N, blocks]."""
     if not isinstance(scales, DoubleQuant):
         return scales.reshape(-1, scales.shape[-1])
     codes = scales.codes.reshape(-1, scales.codes.shape[-1])
     return DoubleQuantScales(codes, scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
+
+
+def take_scales(scales: jax.Array | DoubleQuant, rows: jax.Array) -> jax.Array:
+    """Return the float32 scales [len(rows), blocks] of some rows of a two-dimensional slice."""
+    if not isinstance(scales, DoubleQuant):
+        return scales[rows]
+    codes = scales.codes[rows]
+    flat = rows[:, None] * codes.shape[-1] + np.arange(codes.shape[-1], dtype=np.int32)[None]
+    products = lookup(dynamic_table(), codes) * lookup(scales.absmax, flat // SECOND_LEVEL_BLOCK)
+    return add_rounded(products, scales.offset)

@@ -3,8 +3,9 @@
 Two layouts hold the codes of one slice, whose contract axes (the ones a matmul sums over) are
 flattened to K and whose other axes are the outputs:
 
-- "rows", whenever `K % block_size == 0`: `packed` uint8 [*out, K / 2], scales [*out, K / block_size].
-  Blocks run along K. For a torch weight [out, in] these are bitsandbytes' own bytes, reshaped.
+- "rows", whenever `K % block_size == 0`: `packed` uint8 [*out, K / 2] and scales
+  [*out, K / block_size]. Blocks run along K. For a torch weight [out, in] these are bitsandbytes'
+  own bytes, reshaped.
 - "flat", otherwise: the weight in [*out, K] order as one line, whose blocks straddle rows and whose
   last may be short: `packed` [ceil(size / 2)], scales [ceil(size / block_size)].
 
@@ -21,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dequantize.reference import dequantize as dequantize_rows
+from pallas_kernels import dequantize as dequantize_rows
 from pallas_kernels.lookup import lookup
 from pallas_kernels.packing import unpack
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK, decode_scales
 from qjax.core.codebook import codebook
+from qjax.core.concrete import is_concrete
 from qjax.core.double_quant import DoubleQuant, kernel_scales
 
 # Scales below this can have products with a table entry (0.0052 or more) below the normal floats.
@@ -149,7 +151,7 @@ class QTensor:
 def _decode_slice(q: QTensor, dtype) -> jax.Array:
     decode = _decode_rows if q.layout == "rows" else _decode_flat
     ordered = decode(q, dtype).reshape(*q.out_shape, *q.contract_shape)
-    return jnp.transpose(ordered, np.argsort(q.out_axes + q.contract_axes))
+    return jnp.transpose(ordered, inverse(q.out_axes + q.contract_axes))
 
 
 def _decode_rows(q: QTensor, dtype) -> jax.Array:
@@ -168,7 +170,7 @@ def _decode_flat(q: QTensor, dtype) -> jax.Array:
 
 
 def _meets_subnormals(q: QTensor) -> bool:
-    if isinstance(q.scales, (DoubleQuant, jax.core.Tracer)) or not q.scales.size:
+    if isinstance(q.scales, DoubleQuant) or not is_concrete(q.scales):
         return False
     bits = jax.lax.bitcast_convert_type(q.scales, jnp.int32)
     return bool(((bits > 0) & (bits < _SUBNORMAL_PRODUCTS.view(np.int32))).any())
@@ -183,8 +185,13 @@ def _decode_ieee(q: QTensor, dtype) -> np.ndarray:
     values = (q.codebook[codes] * scales[..., block]).astype(dtype)
     values = values.reshape(*q.batch_shape, *q.out_shape, *q.contract_shape)
     batch = len(q.batch_shape)
-    order = np.argsort(q.out_axes + q.contract_axes) + batch
+    order = [batch + axis for axis in inverse(q.out_axes + q.contract_axes)]
     return np.transpose(values, (*range(batch), *order))
+
+
+def inverse(permutation: tuple[int, ...]) -> list[int]:
+    """Return the permutation that undoes this one."""
+    return [permutation.index(i) for i in range(len(permutation))]
 
 
 def layout_for(contract_size: int, block_size: int) -> str:
@@ -211,7 +218,7 @@ def _check(q: QTensor, name: str) -> None:
     batch = q.batch_shape
     packed, scales = array_shapes(q)
     first = q.scales.codes if isinstance(q.scales, DoubleQuant) else q.scales
-    expected = {"packed": (q.packed, packed, np.uint8)}
+    expected: dict[str, tuple] = {"packed": (q.packed, packed, np.uint8)}
     if isinstance(q.scales, DoubleQuant):
         groups = -(-math.prod(scales) // SECOND_LEVEL_BLOCK)
         expected["scales.codes"] = (first, scales, np.uint8)

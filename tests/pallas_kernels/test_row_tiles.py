@@ -1,4 +1,4 @@
-"""The CPU's tile loop against float64, with tiles that do not divide the rows, and under transforms."""
+"""Few rows on a CPU: the tiles of `matmul.row_tiles` against float64, at the edges of a tile."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,11 @@
+"""Whether an array's values can be looked at."""
+
+import jax
+
+
+def is_concrete(x: jax.Array) -> bool:
+    """Return True for an array with values, False while it is traced."""
+    try:
+        return x.is_fully_addressable
+    except jax.errors.ConcretizationTypeError:
+        return False

@@ -1,0 +1,4 @@
+"""Model files of other worlds: Hugging Face folders and llama.cpp's GGUF."""
+
+from qjax.hf.pretrained import from_pretrained as from_pretrained
+from qjax.hf.tokenizer import load_tokenizer as load_tokenizer

@@ -1,0 +1,96 @@
+"""A model folder of Hugging Face: config.json and safetensors, one file or shards with an index."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qjax.hf.families import Names, family
+from qjax.models import ModelConfig
+
+_INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """Reads one tensor at a time; nothing else of the files is in memory.
+
+    Attributes:
+        config: what the model looks like.
+        dtype: name of the dtype that config.json declares.
+        modules: module path -> prefix of its tensors' names.
+        tensors: tensor name -> the file that holds it.
+    """
+
+    def __init__(self, folder: Path):
+        data = read_json(folder / "config.json")
+        if data.get("quantization_config"):
+            method = data["quantization_config"].get("quant_method")
+            raise NotImplementedError(
+                f"{folder}: quantization_config with quant_method={method!r} is not read yet; "
+                "load the float checkpoint"
+            )
+        known = family(data.get("model_type"))
+        try:
+            self.config: ModelConfig = known.config(data)
+        except KeyError as error:
+            raise ValueError(f"{folder / 'config.json'}: no key {error}") from None
+        self.dtype: str = data.get("dtype") or data.get("torch_dtype") or "float32"
+        self.modules: Names = known.names
+        self.path = folder
+        self.tensors = _tensor_files(folder)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype."""
+        file = self.tensors[name]
+        try:
+            with safe_open(file, framework="numpy") as f:
+                return f.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: tensor {name!r} cannot be read: {error}") from None
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """Read a JSON object; a missing or malformed file is a ValueError that names it."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file.parent} has no {file.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds a {type(data).__name__}, not a JSON object")
+    return data
+
+
+def _tensor_files(folder: Path) -> Mapping[str, Path]:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return dict.fromkeys(_names_in(single), single)
+    if not (folder / _INDEX).is_file():
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        reason = f" ({pickled[0]} is a pickle: loading it could run any code)" if pickled else ""
+        raise ValueError(f"{folder} has neither model.safetensors nor {_INDEX}{reason}")
+    shards = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{folder / _INDEX} has no weight_map")
+    for shard in set(shards.values()):
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ValueError(f"{folder / _INDEX}: {shard!r} is not a file name in the folder")
+    held = {shard: _names_in(folder / shard) for shard in sorted(set(shards.values()))}
+    for name, shard in shards.items():
+        if name not in held[shard]:
+            raise ValueError(f"{folder / _INDEX} puts {name!r} in {shard}, which does not hold it")
+    return {name: folder / shard for name, shard in shards.items()}
+
+
+def _names_in(file: Path) -> frozenset[str]:
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}")
+    try:
+        with safe_open(file, framework="numpy") as f:
+            return frozenset(f.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None

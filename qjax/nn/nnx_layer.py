@@ -1,0 +1,232 @@
+"""What the NNX layers share: the 4-bit weight and its adapter.
+
+Each layer is Flax's own class with two more in its line: `Lora*` adds an adapter beside the weight,
+`Quant*` holds the weight in 4 bits. All attributes of a `Quant*` that Flax's class has keep their
+names and meaning, so a layer changes its class in place and every reference to it stays good.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax.core.blockwise import quantize
+from qjax.core.config import QuantConfig
+from qjax.core.qtensor import QTensor
+from qjax.nn.lora import LoraConfig, init_adapter
+from qjax.nn.nnx_param import QuantParam, float_metadata, quant_metadata
+from qjax.ops import trace
+from qjax.ops.lora import lora_weight
+
+DEFAULT = QuantConfig()
+
+
+class WeightAxes(NamedTuple):
+    """How one layer, not stacked, uses its weight."""
+
+    shape: tuple[int, ...]
+    batch_ndim: int  # leading axes of `shape` that the products run over
+    contract_axes: tuple[int, ...]  # that a product sums over, counted behind the batch axes
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes of a slice that are not summed over."""
+        slice_shape = self.shape[self.batch_ndim :]
+        return tuple(n for i, n in enumerate(slice_shape) if i not in self.contract_axes)
+
+    @property
+    def contract_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes that are."""
+        return tuple(self.shape[self.batch_ndim + i] for i in self.contract_axes)
+
+
+class LoraLayer(nnx.Module):
+    """A layer whose weight may have an adapter: y = layer(x) + scaling * (x A) B.
+
+    Attributes:
+        lora_config: the adapter's `LoraConfig`, None without an adapter.
+        lora_a, lora_b: `nnx.LoRAParam`; A is [*batch, *contract, rank], B is [*batch, rank, *out].
+        lora_dropout: `nnx.Dropout` on the adapter's input, None for no dropout.
+    """
+
+    float_class: type
+    weight_name = "kernel"
+    # Defaults in the class, so that a layer without an adapter has Flax's own attributes alone.
+    lora_config: LoraConfig | None = None
+    lora_a: nnx.LoRAParam | None = None
+    lora_b: nnx.LoRAParam | None = None
+    lora_dropout: nnx.Dropout | None = None
+
+    def weight_axes(self) -> WeightAxes:
+        """How this layer uses its weight, from its own arguments."""
+        raise NotImplementedError
+
+    def init_adapter(self, config: LoraConfig, rngs: nnx.Rngs, dtype: Any = jnp.float32) -> None:
+        """Give the layer a new adapter, in place of any it has; stacked layers get stacked ones.
+
+        Args:
+            config: rank, scaling, dropout and init.
+            rngs: its "params" stream gives A, its "dropout" stream the masks.
+            dtype: of A and B.
+        """
+        axes, weight = self.weight_axes(), getattr(self, self.weight_name)
+        stack = tuple(weight.shape[: len(weight.shape) - len(axes.shape)])
+        batch = stack + axes.shape[: axes.batch_ndim]
+        a, b = init_adapter(
+            rngs.params(), axes.contract_shape, axes.out_shape, config, batch, dtype
+        )
+        self.lora_config = config
+        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        if config.dropout:
+            self.lora_dropout = nnx.Dropout(config.dropout)
+            stream = rngs["dropout"]
+            self.lora_dropout.rngs = stream.split(stack) if stack else stream.fork()
+        elif self.lora_dropout is not None:
+            del self.lora_dropout
+
+    def drop_adapter(self) -> None:
+        """Remove the adapter."""
+        for name in ("lora_config", "lora_a", "lora_b", "lora_dropout"):
+            if name in vars(self):
+                delattr(self, name)
+
+    def float_weight(self, dtype: Any = None) -> jax.Array:
+        """Return the weight with its adapter merged in: dequantize(W) + scaling * A B.
+
+        It is summed in float32 and rounded once to `dtype` (default: the weight's own).
+        """
+        variable = getattr(self, self.weight_name)
+        q = variable.get_raw_value()
+        dtype = jnp.dtype(variable.dtype if dtype is None else dtype)
+        if self.lora_a is None:
+            return q.dequantize(dtype) if isinstance(q, QTensor) else q.astype(dtype)
+        w = q.dequantize(jnp.float32) if isinstance(q, QTensor) else q.astype(jnp.float32)
+        axes = self.weight_axes()
+        batch_ndim = w.ndim - len(axes.shape) + axes.batch_ndim
+        delta = lora_weight(self.lora_a[...], self.lora_b[...], axes.contract_axes, batch_ndim)
+        return (w + self.lora_config.scaling * delta).astype(dtype)
+
+    def _adapter_dtype(self, y: jax.Array) -> Any:
+        return y.dtype
+
+    def _adapt(self, y: jax.Array, x: jax.Array, product) -> jax.Array:
+        """Add scaling * product(x, A, B) to the layer's result y."""
+        if self.lora_a is None:
+            return y
+        x = x.astype(self._adapter_dtype(y))
+        if self.lora_dropout is not None:
+            x = self.lora_dropout(x)
+        delta = product(x, self.lora_a[...], self.lora_b[...])
+        return y + (delta * self.lora_config.scaling).astype(y.dtype)
+
+
+class QuantLayer(LoraLayer):
+    """A layer whose weight is a `QuantParam`.
+
+    Attributes:
+        compute_dtype: what the product multiplies in. The result has the dtype that Flax's layer
+            would give: `dtype`, or else what x and the parameters promote to.
+    """
+
+    lora_class: type
+    compute_dtype: Any
+    unsupported: tuple[str, ...] = ()  # arguments of Flax's class that replace the product
+
+    @classmethod
+    def from_float(cls, layer: nnx.Module, config: QuantConfig = DEFAULT, *, name: str = ""):
+        """Return a 4-bit copy of a Flax layer; `layer` keeps its float weight.
+
+        Args:
+            layer: of the Flax class that this one stands for; stacked layers (`nnx.vmap`) too.
+            config: format, block size, double quantization and compute dtype.
+            name: what to call the weight in errors, such as its path.
+
+        Raises:
+            TypeError: another class of layer.
+            ValueError: NaN or inf in the weight, or one that cannot be quantized.
+        """
+        if not isinstance(layer, cls.float_class):
+            raise TypeError(
+                f"{cls.__name__}.from_float needs an nnx.{cls.float_class.__name__}, "
+                f"got {type(layer).__name__}"
+            )
+        return cls.convert(copy.copy(layer), config, name=name)
+
+    @classmethod
+    def convert(cls, layer: nnx.Module, config: QuantConfig, *, name: str = ""):
+        """Turn the layer itself into one of this class, dropping its float weight."""
+        name = name or cls.weight_name
+        q = quantize_variable(layer, cls.weight_name, cls.weight_axes(layer), config, name)
+        metadata = quant_metadata(getattr(layer, cls.weight_name))
+        layer.__class__ = cls
+        setattr(layer, cls.weight_name, QuantParam(q, **metadata))
+        layer.compute_dtype = config.compute_dtype
+        return layer
+
+    def to_float(self, weight: jax.Array) -> nnx.Module:
+        """Turn the layer itself back into Flax's class (with its adapter, if it has one)."""
+        metadata = float_metadata(getattr(self, self.weight_name))
+        del self.compute_dtype
+        self.__class__ = self.float_class if self.lora_a is None else self.lora_class
+        setattr(self, self.weight_name, nnx.Param(weight, **metadata))
+        return self
+
+    def _init_quantized(self, config: QuantConfig, lora: LoraConfig | None, rngs) -> None:
+        """Finish the constructor: Flax's has made the float weight."""
+        self.convert(self, config)
+        if lora is not None:
+            self.init_adapter(lora, rngs)
+
+    @classmethod
+    def _refuse(cls, arguments: dict[str, Any]) -> None:
+        for name in cls.unsupported:
+            if arguments.get(name) is not None:
+                raise ValueError(f"{cls.__name__} has its own product and takes no {name}=")
+
+    def _adapter_dtype(self, y: jax.Array) -> Any:
+        return self.compute_dtype
+
+    def _promote(self, x: Any, bias: Any) -> tuple[jax.Array, Any, Any]:
+        """Return x, the bias and the result's dtype, as Flax's layer promotes them."""
+        weight = jnp.zeros((), self._weight.dtype)  # stands for the weight's dtype
+        x, weight, bias = self.promote_dtype((x, weight, bias), dtype=self.dtype)
+        return x, bias, self.preferred_element_type or weight.dtype
+
+    @property
+    def _weight(self) -> QTensor:
+        return getattr(self, self.weight_name).q
+
+    def _multiply(self, op, *args: Any) -> jax.Array:
+        """Run one of the ops, on the record of the weight's path."""
+        with trace.leaf(getattr(self, self.weight_name).get_metadata().get("path")):
+            return op(*args)
+
+
+def quantize_variable(
+    layer: nnx.Module, weight_name: str, axes: WeightAxes, config: QuantConfig, name: str
+) -> QTensor:
+    """Quantize a layer's float variable; one of `jax.ShapeDtypeStruct` gives a QTensor of them.
+
+    Raises:
+        ValueError: its shape is not the layer's own behind stacked axes; NaN or inf.
+    """
+    w = getattr(layer, weight_name).get_raw_value()
+    stack = w.ndim - len(axes.shape)
+    if stack < 0 or tuple(w.shape[stack:]) != axes.shape:
+        raise ValueError(
+            f"{name}: shape {tuple(w.shape)} is not {list(axes.shape)} behind stacked axes"
+        )
+    kwargs = dict(contract_axes=axes.contract_axes, batch_ndim=stack + axes.batch_ndim, name=name)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda w: quantize(w, config, **kwargs), w)
+    return quantize(w, config, **kwargs)
+
+
+def finish(y: jax.Array, bias: Any, dtype: Any, out_sharding: Any) -> jax.Array:
+    """Cast a product to the layer's dtype, place it and add the bias, shaped to broadcast."""
+    y = y.astype(dtype)
+    if out_sharding is not None:
+        y = jax.sharding.reshard(y, out_sharding)
+    return y if bias is None else y + bias.astype(dtype)

@@ -1,0 +1,156 @@
+"""nnx.Linear and nnx.LinearGeneral with adapters, and in 4 bits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax.core.config import QuantConfig
+from qjax.nn.lora import LoraConfig
+from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, WeightAxes, finish
+from qjax.ops.lora import lora_matmul
+from qjax.ops.matmul import matmul
+
+
+class LoraLinear(LoraLayer, nnx.Linear):
+    """`nnx.Linear` with an adapter beside its float kernel; made by `qjax.add_lora`."""
+
+    float_class = nnx.Linear
+
+    def weight_axes(self) -> WeightAxes:
+        """See `LoraLayer`."""
+        return WeightAxes((self.in_features, self.out_features), 0, (0,))
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """Apply the layer to [..., in_features]."""
+        return self._adapt(self._base(inputs, out_sharding), inputs, lora_matmul)
+
+    def _base(self, inputs, out_sharding):
+        return nnx.Linear.__call__(self, inputs, out_sharding=out_sharding)
+
+
+class QuantLinear(QuantLayer, LoraLinear):
+    """`nnx.Linear` whose kernel [in_features, out_features] is a frozen 4-bit weight.
+
+    Takes every argument of `nnx.Linear` but `dot_general`, and:
+
+    Args:
+        config: format, block size, double quantization and compute dtype.
+        lora: adds an adapter.
+
+    Raises:
+        ValueError: `dot_general` is given.
+
+    Example:
+        >>> layer = QuantLinear(64, 8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 64))).shape
+        (2, 8)
+    """
+
+    lora_class = LoraLinear
+    unsupported = ("dot_general",)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        config: QuantConfig = DEFAULT,
+        lora: LoraConfig | None = None,
+        rngs: nnx.Rngs,
+        **kwargs,
+    ):
+        self._refuse(kwargs)
+        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
+        self._init_quantized(config, lora, rngs)
+
+    def _base(self, inputs, out_sharding):
+        bias = None if self.bias is None else self.bias[...]
+        x, bias, dtype = self._promote(inputs, bias)
+        y = self._multiply(matmul, x.astype(self.compute_dtype), self._weight)
+        if bias is not None:
+            bias = bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return finish(y, bias, dtype, out_sharding)
+
+
+class LoraLinearGeneral(LoraLayer, nnx.LinearGeneral):
+    """`nnx.LinearGeneral` with an adapter beside its float kernel; made by `qjax.add_lora`."""
+
+    float_class = nnx.LinearGeneral
+
+    def weight_axes(self) -> WeightAxes:
+        """See `LoraLayer`."""
+        batch = tuple(self.batch_axis.values())
+        contract = tuple(range(len(self.in_features)))
+        return WeightAxes((*batch, *self.in_features, *self.out_features), len(batch), contract)
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """Apply the layer to the axes `axis` of the inputs; the new axes come last."""
+        y = self._base(inputs, out_sharding)
+        return self._adapt(y, self._rows(inputs), self._lora_product)
+
+    def _base(self, inputs, out_sharding):
+        return nnx.LinearGeneral.__call__(self, inputs, out_sharding=out_sharding)
+
+    def _lora_product(self, x, a, b):
+        return lora_matmul(x, a, b, len(self.batch_axis))
+
+    def _rows(self, x: jax.Array) -> jax.Array:
+        """Bring the inputs to [*batch, *rest, K].
+
+        As Flax does, `axis` pairs with in_features in ascending order.
+        """
+        axis = sorted(i % x.ndim for i in self.axis)
+        kept = [i for i in range(x.ndim) if i not in axis]
+        sizes = tuple(x.shape[i] for i in axis)
+        if sizes != self.in_features:
+            raise ValueError(
+                f"axes {self.axis} of the inputs {x.shape} must be in_features={self.in_features}"
+            )
+        shape = [x.shape[i] for i in kept]
+        return jnp.transpose(x, (*kept, *axis)).reshape(*shape, math.prod(sizes))
+
+
+class QuantLinearGeneral(QuantLayer, LoraLinearGeneral):
+    """`nnx.LinearGeneral` whose kernel [*batch, *in_features, *out_features] is 4-bit.
+
+    Blocks run along all of in_features, flattened. Takes every argument of `nnx.LinearGeneral` but
+    `dot_general` and `dot_general_cls`, and `config` and `lora` as `QuantLinear` does.
+
+    Raises:
+        ValueError: `dot_general` or `dot_general_cls` is given.
+
+    Example:
+        >>> layer = QuantLinearGeneral((4, 32), 8, axis=(-2, -1), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 4, 32))).shape
+        (2, 8)
+    """
+
+    lora_class = LoraLinearGeneral
+    unsupported = ("dot_general", "dot_general_cls")
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        *,
+        config: QuantConfig = DEFAULT,
+        lora: LoraConfig | None = None,
+        rngs: nnx.Rngs,
+        **kwargs,
+    ):
+        self._refuse(kwargs)
+        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
+        self._init_quantized(config, lora, rngs)
+
+    def _base(self, inputs, out_sharding):
+        bias = None if self.bias is None else self.bias[...]
+        x, bias, dtype = self._promote(inputs, bias)
+        rows = self._rows(x)
+        y = self._multiply(matmul, rows.astype(self.compute_dtype), self._weight)
+        if bias is not None:
+            batch = rows.shape[: len(self.batch_axis)]
+            rest = (1,) * (rows.ndim - 1 - len(batch))
+            bias = bias.reshape(*batch, *rest, *self.out_features)
+        return finish(y, bias, dtype, out_sharding)

@@ -1,0 +1,101 @@
+"""QuantParam: the NNX Variable that holds a 4-bit weight."""
+
+import warnings
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qjax.core.qtensor import QTensor
+from qjax.ops import trace
+
+# Metadata that describes the float array's placement or hooks, not the weight.
+_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "out_sharding", "sharding_rules", "mesh")
+_DECODED_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg")
+_DECODED_OPERATORS += ("matmul", "rmatmul")
+
+
+class QuantParam(nnx.Variable):
+    """A frozen 4-bit weight in the place of an `nnx.Param`; not a Param itself.
+
+    Its value, and so the leaf in states and checkpoints, is a `QTensor` (`.q`). Code that knows
+    nothing of this, such as `layer.kernel[...]`, `x @ layer.kernel` or `jnp.dot(x, layer.kernel)`,
+    gets the decoded array, of the logical dtype and with no gradient.
+
+    Example:
+        >>> kernel = QuantParam(qjax.quantize(jnp.ones((64, 2))))
+        >>> kernel[...].shape, kernel.q.packed.shape
+        ((64, 2), (2, 32))
+    """
+
+    @property
+    def q(self) -> QTensor:
+        """The QTensor."""
+        return self.get_raw_value()
+
+    def decode(self) -> jax.Array:
+        """Return the weight as a float array; `qjax.report` lists the use as a decode."""
+        with trace.leaf(self.get_metadata().get("path")):
+            trace.record("decode", "whole weight")
+        return jax.lax.stop_gradient(self.q.dequantize())
+
+    def get_value(self, *, index: Any = None) -> Any:
+        """Return the QTensor, or with an index the decoded array there."""
+        if index is None:
+            return super().get_value()
+        return self.decode()[index]
+
+    def set_value(self, value: Any, *, index: Any = None) -> None:
+        """Replace the QTensor; there is no assigning to parts of it."""
+        if index is not None:
+            raise TypeError(
+                "a QuantParam cannot be assigned to by index; quantize a float array with "
+                "qjax.quantize and use set_value"
+            )
+        super().set_value(value)
+
+    @property
+    def value(self) -> jax.Array:
+        """The decoded array, for code written before Flax deprecated `.value`."""
+        warnings.warn("'.value' is deprecated by Flax; use [...]", DeprecationWarning, stacklevel=2)
+        return self.decode()
+
+    def __jax_array__(self) -> jax.Array:
+        return self.decode()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(jax.Array, name):
+                raise
+        return getattr(self.decode(), name)
+
+
+def _decoded_operator(name: str):
+    def operator(self, *args):
+        args = [a[...] if isinstance(a, nnx.Variable) else a for a in args]
+        return getattr(self.decode(), name)(*args)
+
+    operator.__name__ = name
+    return operator
+
+
+for _name in _DECODED_OPERATORS:
+    setattr(QuantParam, f"__{_name}__", _decoded_operator(f"__{_name}__"))
+
+
+def quant_metadata(variable: nnx.Variable) -> dict[str, Any]:
+    """Return what a QuantParam keeps of a float variable's metadata; its sharding, renamed."""
+    metadata = variable.get_metadata()
+    kept = {k: v for k, v in metadata.items() if k not in _FLOAT_ONLY and not k.startswith("on_")}
+    if metadata.get("out_sharding") is not None:
+        kept["float_sharding"] = metadata["out_sharding"]
+    return kept
+
+
+def float_metadata(variable: nnx.Variable) -> dict[str, Any]:
+    """Undo `quant_metadata`."""
+    kept = {k: v for k, v in variable.get_metadata().items() if k not in _FLOAT_ONLY}
+    sharding = kept.pop("float_sharding", None)
+    return kept if sharding is None else {**kept, "out_sharding": sharding}

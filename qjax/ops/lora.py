@@ -1,0 +1,107 @@
+"""The low-rank adapter beside a weight: y += scaling * (x A) B (LoRA, Hu et al. 2021).
+
+For a weight with contract axes C and other axes O, A is [*batch, *C, rank] and B is
+[*batch, rank, *O]: both keep the weight's own axes, so that they shard as it does.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.ops.matmul import parse
+
+
+def lora_matmul(x: jax.Array, a: jax.Array, b: jax.Array, batch_ndim: int = 0) -> jax.Array:
+    """Return (x A) B for x [*batch, ..., K]: [*batch, ..., *out], in x's dtype.
+
+    Args:
+        x: floating; K is the product of A's middle axes.
+        a: [*batch, *contract, rank].
+        b: [*batch, rank, *out].
+        batch_ndim: number of batch axes.
+    """
+    batch, rank = a.shape[:batch_ndim], a.shape[-1]
+    lead, out = x.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
+    hidden = jnp.matmul(
+        x.reshape(*batch, math.prod(lead), x.shape[-1]),
+        a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    y = jnp.matmul(
+        hidden.astype(x.dtype),
+        b.reshape(*batch, rank, math.prod(out)).astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype).reshape(*batch, *lead, *out)
+
+
+def lora_einsum(
+    equation: str,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    contract_axes: tuple[int, ...],
+    batch_ndim: int = 0,
+) -> jax.Array:
+    """Return what `equation` gives for x and the weight A B, without forming it.
+
+    Args:
+        equation: "x,w->out", as for the weight that A and B adapt.
+        x: floating.
+        a, b: the adapter.
+        contract_axes: of the weight's slice, ascending.
+        batch_ndim: the weight's batch axes.
+    """
+    w_ndim = a.ndim + b.ndim - 2 - batch_ndim
+    x_axes, w_axes, out_axes = parse(equation, x.ndim, w_ndim)
+    batch, slice_axes = w_axes[:batch_ndim], w_axes[batch_ndim:]
+    contract = [slice_axes[i] for i in contract_axes]
+    other = [axis for axis in slice_axes if axis not in contract]
+    # Numbered axes: einsum's interleaved form has no limit of letters.
+    number = {axis: i for i, axis in enumerate(dict.fromkeys([*x_axes, *w_axes, "rank"]))}
+    factors = [(a, [*batch, *contract, "rank"]), (b, [*batch, "rank", *other])]
+    if any(axis in x_axes for axis in other):  # transposed: B holds the summed axes
+        factors.reverse()
+    (left, left_axes), (right, right_axes) = factors
+    # What the second product or the result still needs stays in x A.
+    kept = [axis for axis in x_axes if axis not in left_axes or axis in (*right_axes, *out_axes)]
+    hidden_axes = [*kept, *(axis for axis in left_axes if axis not in x_axes)]
+
+    def product(x, x_axes, w, w_axes, out_axes):
+        numbered = [[number[axis] for axis in axes] for axes in (x_axes, w_axes, out_axes)]
+        args = (x, numbered[0], w.astype(x.dtype), numbered[1], numbered[2])
+        return jnp.einsum(*args, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    hidden = product(x, x_axes, left, left_axes, hidden_axes)
+    return product(hidden, hidden_axes, right, right_axes, out_axes)
+
+
+def lora_take(ids: jax.Array, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Return rows of (A B)^T, the adapter of a table [V, D]: [*ids.shape, D] in `dtype`.
+
+    Args:
+        ids: integers of any shape; negative ones count from the end, those outside give NaN.
+        a: [D, rank].
+        b: [rank, V].
+        dtype: of the product and the result.
+    """
+    columns = jnp.take(b, ids, axis=1).astype(dtype)  # [rank, *ids]
+    rows = jnp.tensordot(columns, a.astype(dtype), (0, 1), preferred_element_type=jnp.float32)
+    return rows.astype(dtype)
+
+
+def lora_weight(
+    a: jax.Array, b: jax.Array, contract_axes: tuple[int, ...], batch_ndim: int = 0
+) -> jax.Array:
+    """Return A B as float32 of the weight's logical shape [*batch, *slice]."""
+    batch, rank = a.shape[:batch_ndim], a.shape[-1]
+    contract, out = a.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
+    a = a.reshape(*batch, math.prod(contract), rank).astype(jnp.float32)
+    b = b.reshape(*batch, rank, math.prod(out)).astype(jnp.float32)
+    product = jnp.matmul(a, b, precision="highest").reshape(*batch, *contract, *out)
+    other = [i for i in range(len(contract) + len(out)) if i not in contract_axes]
+    order = np.argsort([*contract_axes, *other]) + batch_ndim
+    return jnp.transpose(product, (*range(batch_ndim), *order))

@@ -1,0 +1,227 @@
+"""Products with a QTensor: matmul and einsum, decoded inside the op, forward and backward.
+
+The residual of the backward pass is the packed weight itself: x is not needed, since a QTensor has
+no gradient, and nothing decoded is kept.
+"""
+
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
+from qjax.core.qtensor import QTensor
+from qjax.ops import trace
+from qjax.ops.partition import product
+
+
+def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> jax.Array:
+    """Multiply x by a 4-bit weight: `x @ q.dequantize(x.dtype)`, accumulated in float32.
+
+    Args:
+        x: floating [*batch, ..., K], where K is the product of q's contract axes and `batch` are
+            q's batch axes, if it has any.
+        q: the weight.
+        implementation: None for the fastest that can run; "xla", "mosaic_gpu" or "triton".
+
+    Returns:
+        x's dtype, [*batch, ..., *out], with the sizes of q's other axes. q gets no gradient.
+
+    Raises:
+        ValueError: the shapes do not contract, or the implementation is unknown.
+        TypeError: x is not floating or q is not a QTensor.
+        NotImplementedError: the named implementation cannot run.
+
+    Example:
+        >>> q = qjax.quantize(jnp.ones((64, 8)))
+        >>> qjax.matmul(jnp.ones((2, 64)), q).shape
+        (2, 8)
+    """
+    _check_operands(x, q)
+    k, batch = math.prod(q.contract_shape), q.batch_shape
+    fits = x.ndim > len(batch) and x.shape[: len(batch)] == batch and x.shape[-1] == k
+    if not fits:
+        expected = [*batch, "...", k]
+        raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
+    lead = x.shape[len(batch) : -1]
+    _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
+    y = _product(x.reshape(*batch, math.prod(lead), k), q, False, implementation)
+    return y.reshape(*batch, *lead, *q.out_shape)
+
+
+def einsum(
+    equation: str, x: jax.Array, q: QTensor, *, implementation: str | None = None
+) -> jax.Array:
+    """Contract x with a 4-bit weight: `jnp.einsum(equation, x, q.dequantize(x.dtype))`.
+
+    An equation that sums over exactly q's contract axes (or exactly over its other axes: the
+    transposed product) runs the matmul kernels. Any other decodes the weight, and warns once.
+
+    Args:
+        equation: such as "btd,dnh->btnh"; x and the result may have "...".
+        x: floating.
+        q: the weight, second operand.
+        implementation: as in `matmul`.
+
+    Returns:
+        x's dtype. q gets no gradient.
+
+    Raises:
+        ValueError: the equation is malformed or its sizes do not fit.
+        TypeError: x is not floating or q is not a QTensor.
+
+    Example:
+        >>> q = qjax.quantize(jnp.ones((64, 2, 4)), contract_axes=(0,))
+        >>> qjax.einsum("btd,dnh->btnh", jnp.ones((1, 3, 64)), q).shape
+        (1, 3, 2, 4)
+    """
+    _check_operands(x, q)
+    x_axes, q_axes, out_axes = parse(equation, x.ndim, q.ndim)
+    sizes = dict(zip(q_axes, q.shape, strict=True))
+    for axis, size in zip(x_axes, x.shape, strict=True):
+        if sizes.setdefault(axis, size) != size:
+            raise ValueError(
+                f"{equation!r}: axis {axis!r} is {size} in x {x.shape} and {sizes[axis]} in {q!r}"
+            )
+    batch_ndim = len(q.batch_shape)
+    batch, slice_axes = q_axes[:batch_ndim], q_axes[batch_ndim:]
+    contract = [slice_axes[i] for i in q.contract_axes]
+    other = [slice_axes[i] for i in q.out_axes]
+    transpose = _sums_over(contract, other, x_axes, out_axes)
+    rows = [a for a in x_axes if a not in q_axes]
+    shared = set(batch) <= set(x_axes) & set(out_axes) and set(rows) <= set(out_axes)
+    if transpose is None or not shared:
+        trace.record("decode", f"einsum {equation!r} sums over other axes")
+        _warn_decoded(equation, q.contract_axes)
+        w = jax.lax.stop_gradient(q.dequantize(x.dtype))
+        return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    summed, kept = (other, contract) if transpose else (contract, other)
+    x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])
+    flat = [math.prod(sizes[a] for a in axes) for axes in (rows, summed)]
+    _record("einsum", flat[0], x.dtype, q, transpose, implementation)
+    y = _product(x.reshape(*q.batch_shape, *flat), q, transpose, implementation)
+    y_axes = [*batch, *rows, *kept]
+    y = y.reshape([sizes[a] for a in y_axes])
+    return jnp.transpose(y, [y_axes.index(a) for a in out_axes])
+
+
+def parse(equation: str, x_ndim: int, q_ndim: int) -> tuple[list[str], list[str], list[str]]:
+    """Split "x,q->out" into axis names, an ellipsis of x and out written out as "0", "1", ...
+
+    Raises:
+        ValueError: not of this form, a repeated axis, an ellipsis in q, or ranks that do not fit.
+    """
+    terms = equation.replace(" ", "").replace("->", ",").split(",")
+    if len(terms) != 3 or "->" not in equation:
+        raise ValueError(f"equation must be 'x,q->out', got {equation!r}")
+    hidden = x_ndim - len(terms[0].replace("...", ""))
+    dots = [str(i) for i in range(hidden)] if "..." in terms[0] else []
+    result = []
+    for term in terms:
+        before, ellipsis, after = term.partition("...")
+        axes = [*before, *(dots if ellipsis else []), *after]
+        if len(set(axes)) != len(axes) or not all(a.isalnum() for a in axes):
+            raise ValueError(f"{equation!r}: {term!r} must name each axis once, by a letter")
+        result.append(axes)
+    x_axes, q_axes, out_axes = result
+    if "..." in terms[1] or hidden < 0 or (len(x_axes), len(q_axes)) != (x_ndim, q_ndim):
+        raise ValueError(f"{equation!r} does not fit operands of rank {x_ndim} and {q_ndim}")
+    unknown = sorted(set(out_axes) - set(x_axes) - set(q_axes))
+    if unknown:
+        raise ValueError(f"{equation!r}: result axes {unknown} are in no operand")
+    return x_axes, q_axes, out_axes
+
+
+def _sums_over(contract, other, x_axes, out_axes) -> bool | None:
+    """Return False for a sum over exactly the contract axes, True for the others, else None."""
+    for transpose, (summed, kept) in enumerate([(contract, other), (other, contract)]):
+        summed_only = all(a in x_axes and a not in out_axes for a in summed)
+        kept_only = all(a in out_axes and a not in x_axes for a in kept)
+        if summed_only and kept_only:
+            return bool(transpose)
+    return None
+
+
+@functools.cache
+def _warn_decoded(equation: str, contract_axes: tuple[int, ...]) -> None:
+    warnings.warn(
+        f"einsum {equation!r} does not sum over the axes {contract_axes} along which the weight "
+        "was quantized; it decodes the whole weight",
+        stacklevel=3,
+    )
+
+
+def _check_operands(x, q) -> None:
+    if not isinstance(q, QTensor):
+        raise TypeError(f"q must be a QTensor, got {type(q).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating, got {x.dtype}")
+
+
+def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
+    if not trace.is_recording():
+        return
+    if q.layout == "flat":
+        trace.record("decode", f"{op}: blocks straddle rows (flat layout)")
+        return
+    out, k = math.prod(q.out_shape), math.prod(q.contract_shape)
+    batch_ndim = len(q.batch_shape)
+
+    def one_slice(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape[batch_ndim:], leaf.dtype)
+
+    q = jax.tree.map(one_slice, q)
+    packed = jax.ShapeDtypeStruct((out, k // 2), q.packed.dtype)
+    scales = jax.eval_shape(kernel_scales, q.scales)
+    choice = pallas_kernels.dispatch.resolve(
+        "matmul",
+        implementation,
+        jax.ShapeDtypeStruct((rows, out if transpose else k), dtype),
+        packed,
+        scales,
+        jax.ShapeDtypeStruct((16,), jnp.float32),
+        block_size=q.block_size,
+        transpose=transpose,
+    )
+    trace.record(op, choice.implementation)
+
+
+def _product(x, q, transpose, implementation):
+    """Multiply [*batch, M, K] by each slice: [*batch, M, N]; transposed, [*batch, M, N] to K."""
+    product = _slice_product
+    for _ in q.batch_shape:
+        product = jax.vmap(product, in_axes=(0, 0, None, None))
+    return product(x, q, transpose, implementation)
+
+
+# Conventions of the VJP: x [M, K], q decodes to W [N, K], y = x W^T [M, N], and g = dL/dy.
+# dL/dx = g W: the same product transposed, from the same packed bytes. There is no dL/dW.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _slice_product(x, q, transpose, implementation):
+    if q.layout == "flat":
+        rows = q.dequantize(x.dtype).transpose(*q.out_axes, *q.contract_axes)
+        w = rows.reshape(math.prod(q.out_shape), math.prod(q.contract_shape))
+        contract = ((1,), (0 if transpose else 1,))
+        y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+    scales, second = q.scales, ()
+    if isinstance(scales, DoubleQuant):
+        second = (scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
+        scales = scales.codes
+    packed, scales = (a.reshape(-1, a.shape[-1]) for a in (q.packed, scales))
+    run = product(q.block_size, transpose, implementation)
+    return run(x, packed, scales, jnp.asarray(q.codebook), *second)
+
+
+def _product_fwd(x, q, transpose, implementation):
+    return _slice_product(x, q, transpose, implementation), q
+
+
+def _product_bwd(transpose, implementation, q, g):
+    return _slice_product(g, q, not transpose, implementation), None
+
+
+_slice_product.defvjp(_product_fwd, _product_bwd)

@@ -1,0 +1,66 @@
+"""Which weights are quantized, decided by path and role; and which layers get adapters.
+
+Embeddings, norms, routers and the output head stay as they are by default: they are small or
+sensitive, and a quantized head costs more memory in training than it saves. Whoever asks for one
+by an `include` pattern gets it.
+"""
+
+import re
+from collections.abc import Iterable
+
+from qjax.core.config import QuantConfig
+from qjax.nn.lora import LoraConfig
+
+_HEAD = re.compile(
+    r"(^|/)(lm_head|output_head|head|logits(_dense)?|unembed(ding)?|classifier)(/|$)"
+)
+_NORM = re.compile(r"(^|/)[a-z0-9_]*(norm|ln)(_?[a-z0-9]+)?(/|$)", re.IGNORECASE)
+_ROUTER = re.compile(r"(^|/)(\w*router\w*)(/|$)", re.IGNORECASE)
+_GATE = re.compile(r"(^|/)gate(/|$)")
+_MANY_EXPERTS = 256  # a "gate" with no more outputs than this routes; a larger one is a GLU's
+
+
+def skip_reason(
+    path: str, cfg: QuantConfig, *, role: str = "dense", out_size: int | None = None
+) -> str | None:
+    """Return why the weight at `path` is left in floating point, or None to quantize it.
+
+    Args:
+        path: "/"-joined, such as "layers/0/mlp/up_proj/kernel".
+        cfg: its include and exclude decide first.
+        role: "dense", or "embedding" for a lookup table.
+        out_size: product of the weight's output axes, which tells a router from a gated MLP.
+    """
+    if matches(path, cfg.exclude):
+        return f"matches exclude={cfg.exclude}"
+    if cfg.include is not None:
+        return None if matches(path, cfg.include) else f"not in include={cfg.include}"
+    if role == "embedding":
+        return "embeddings are kept by default"
+    if _HEAD.search(path):
+        return "the output head is kept by default"
+    if _ROUTER.search(path) or (_GATE.search(path) and (out_size or 0) <= _MANY_EXPERTS):
+        return "routers are kept by default"
+    if _NORM.search(path):
+        return "norms are kept by default"
+    return None
+
+
+def matches(path: str, patterns: str | Iterable[str] | None) -> bool:
+    """Return whether any of the patterns is found in the path."""
+    return any(re.search(pattern, path) for pattern in patterns or ())
+
+
+def check_patterns(cfg: QuantConfig | LoraConfig, paths: Iterable[str], what: str) -> None:
+    """Raise ValueError for an include pattern that matches none of the paths.
+
+    Args:
+        cfg: whose `include` is checked.
+        paths: of all candidates.
+        what: the candidates' name in the message, such as "dense layer".
+    """
+    paths = list(paths)
+    for pattern in cfg.include or ():
+        if not any(re.search(pattern, path) for path in paths):
+            some = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+            raise ValueError(f"include={pattern!r} matches no {what}; there are: {some or 'none'}")
