@@ -112,6 +112,10 @@ class Int:
         """Zero-extend to 64 bits."""
         return Int(arith.extui(i64(), self.value))
 
+    def narrow(self) -> "Int":
+        """The low 32 bits."""
+        return Int(arith.trunci(i32(), self.value))
+
 
 def thread_index() -> Int:
     return Int(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
@@ -254,6 +258,43 @@ def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> l
     return [llvm.extractvalue(f32(), out, [i]) for i in range(4)]
 
 
+def wgmma(
+    acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype
+) -> list[ir.Value]:
+    """acc[64, n] += a[64, 16 s] @ b[16 s, n] by a warpgroup, finished on return.
+
+    Args:
+        acc: n / 2 floats.
+        a: 4 words of pairs for each of the s steps of 16 k.
+        b: the matrix descriptor of the first step, in shared memory.
+        b_step: what a step adds to the descriptor.
+    """
+    n, steps, name = 2 * len(acc), len(a) // 4, _ptx_name(dtype)
+    shape = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name}"
+    first = 2 * len(acc)  # outputs, then the inputs tied to them
+    sums = ", ".join(f"${i}" for i in range(len(acc)))
+    lines = ["{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;", f"mov.b64 b, ${first + len(a)};", "wgmma.fence.sync.aligned;"]
+    for s in range(steps):
+        words = ", ".join(f"${first + 4 * s + i}" for i in range(4))
+        lines.append(f"{shape} {{{sums}}}, {{{words}}}, b, p, 1, 1, 0;")
+        lines.append(f"add.s64 b, b, {b_step};")
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
+    ties = [str(i) for i in range(len(acc))]
+    constraints = ["=f"] * len(acc) + ties + ["r"] * len(a) + ["l", "~{memory}"]
+    result = llvm.StructType.get_literal([f32()] * len(acc))
+    out = _asm(result, [*acc, *a, b], "\n".join(lines), ",".join(constraints), effects=True)
+    return [llvm.extractvalue(f32(), out, [i]) for i in range(len(acc))]
+
+
+def matrix_descriptor(address: Int, row_step: int, group_step: int) -> Int:
+    """A wgmma operand in shared memory, as blocks of 8 rows of 16 bytes without swizzle.
+
+    `row_step` is the bytes between blocks along k, `group_step` between those of 8 rows.
+    """
+    constant = (row_step >> 4 << 16) | (group_step >> 4 << 32)
+    return (address >> 4 & 0x3FFF).wide() + constant
+
+
 # Memory: a 32-bit address is in the shared window, a 64-bit one is global.
 
 
@@ -360,12 +401,13 @@ class Barriers:
     """A ring of mbarriers (8 bytes each in shared memory), each completed by one arrival and its bytes."""
 
     def __init__(self, ref: ir.Value, count: int):
-        self.base, self.count = shared_address(ref), count
+        self.ref, self.base, self.count = ref, shared_address(ref), count
 
-    def initialize(self, arrivals: int = 1) -> None:
-        """By one thread; the caller then synchronizes the threads that use them."""
-        for i in range(self.count):
-            text = f"mbarrier.init.shared::cta.b64 [$0], {arrivals};"
+    def initialize(self, arrivals: int, last: Sequence[int] = ()) -> None:
+        """By one thread; the others synchronize with it. `last`: arrivals of the last barriers."""
+        arrivals = [arrivals] * (self.count - len(last)) + list(last)
+        for i, count in enumerate(arrivals):
+            text = f"mbarrier.init.shared::cta.b64 [$0], {count};"
             _asm(None, [self.base + 8 * i], text, "r,~{memory}", effects=True)
         _asm(None, [], "fence.mbarrier_init.release.cluster;", "~{memory}", effects=True)
 
@@ -377,9 +419,8 @@ class Barriers:
         text = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
         _asm(None, [self.address(slot), size], text, "r,r,~{memory}", effects=True)
 
-    def arrive(self, slot: Int) -> None:
-        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
-        _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
+    def reference(self, slot: Int) -> utils.BarrierRef:
+        return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
 
     def wait(self, slot: Int, parity: Int) -> None:
         text = (
@@ -396,6 +437,39 @@ def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     )
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
+
+
+def copy_tensor(
+    context, source: ir.Value, target: ir.Value, place: Sequence[Int], shape, barrier, swizzle: int
+) -> None:
+    """By one thread: copy a box of a kernel argument; zeros where it passes the end.
+
+    The box starts at `place`; leading dimensions that `shape` lacks are indices. It brings its own
+    arrival to the barrier.
+    """
+    index = ir.IndexType.get()
+    starts = [arith.index_castui(index, p.value) for p in place]
+    lead = len(starts) - len(shape)
+    window = [utils.DynamicSlice(s, size) for s, size in zip(starts[lead:], shape)]
+    context.async_copy(
+        src_ref=source,
+        dst_ref=target,
+        gmem_slice=(*starts[:lead], *window),
+        barrier=barrier,
+        swizzle=swizzle,
+        predicate=None,
+    )
+
+
+def element(ref: ir.Value, i: Int) -> ir.Value:
+    """The slice ref[i] of a reference in shared memory."""
+    return utils.memref_slice(ref, arith.index_castui(ir.IndexType.get(), i.value))
+
+
+def count_arrival(counter: Int) -> Int:
+    """Add one to a shared counter and give its earlier value, ordering what came before."""
+    text = "atom.acq_rel.cta.shared.add.u32 $0, [$1], 1;"
+    return Int(_asm(i32(), [counter], text, "=r,r,~{memory}", effects=True))
 
 
 # The pair table: byte value -> its two codes as a 16-bit pair

@@ -70,4 +70,33 @@ def choose_decode(m: int, n: int, k: int, block_size: int, sms: int) -> DecodeTi
     ]
     best = min(candidates, key=cost)
     slot = 16 * (math.ceil(panels / best.slabs) * DECODE_PANEL // 2 + 16)
-    return dataclasses.replace(best, stages=max(2, min(4, 100 * 1024 // slot)))
+    return dataclasses.replace(best, stages=2 if slot > 24 * 1024 else 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class MidTiles:
+    """Tiles of `mosaic_mid`.
+
+    Attributes:
+        slabs: parts of K in different blocks, summed by a second kernel when there are several.
+        stages: stages of 256 k in flight in a block.
+        window: k whose scales are decoded at once, a multiple of 256.
+    """
+
+    slabs: int = 1
+    stages: int = 3
+    window: int = 2048
+
+
+def choose_mid(m: int, n: int, k: int, block_size: int, sms: int) -> MidTiles:
+    """Fill the SMs once if K has the stages for it."""
+    row_tiles, steps = math.ceil(n / 128), math.ceil(k / 256)
+
+    def cost(slabs: int) -> float:
+        waves = math.ceil(row_tiles * slabs / sms)
+        return waves * (math.ceil(steps / slabs) * (0.25 + m / 128) + 2) + (1.3 if slabs > 1 else 0)
+
+    slabs = min(range(1, min(steps, 16) + 1), key=cost)
+    stages = 5 if m <= 16 else 4 if m <= 32 else 3 if m <= 64 else 2
+    window = min(2048 if m <= 96 else 1024, 32 * block_size)
+    return MidTiles(slabs, stages, max(256, window))

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.matmul import mosaic_decode
-from pallas_kernels.matmul.config import DecodeTiles, choose_decode
+from pallas_kernels.matmul import mosaic_decode, mosaic_mid
+from pallas_kernels.matmul.config import DecodeTiles, MidTiles, choose_decode, choose_mid
 from pallas_kernels.matmul.problem import describe
 from pallas_kernels.scales import DoubleQuantScales
 
-MAX_ROWS = 16
+MAX_ROWS = 128
+DECODE_ROWS = 16  # up to here `mosaic_decode`, above `mosaic_mid`
 DTYPES = ("bfloat16", "float16")
 
 
@@ -37,7 +38,7 @@ def matmul(
     *,
     block_size: int,
     layer: jax.Array | None = None,
-    config: DecodeTiles | None = None,
+    config: DecodeTiles | MidTiles | None = None,
 ) -> jax.Array:
     """Multiply by a rows-layout weight, accumulated in float32, in a fixed order.
 
@@ -60,5 +61,9 @@ def matmul(
         raise NotImplementedError(f"mosaic_gpu: {reason}")
     problem, operands = describe(x, packed, scales, codebook, block_size, layer)
     sms = mosaic.multiprocessors()
-    tiles = config or choose_decode(problem.m, problem.n, problem.k, block_size, sms)
-    return mosaic_decode.build(problem, tiles, sms)(operands)
+    if config is None:
+        choose = choose_decode if problem.m <= DECODE_ROWS else choose_mid
+        config = choose(problem.m, problem.n, problem.k, block_size, sms)
+    if isinstance(config, DecodeTiles):
+        return mosaic_decode.build(problem, config, sms)(operands)
+    return mosaic_mid.build(problem, config)(operands)
