@@ -100,3 +100,24 @@ def choose_mid(m: int, n: int, k: int, block_size: int, sms: int) -> MidTiles:
     stages = 5 if m <= 16 else 4 if m <= 32 else 3 if m <= 64 else 2
     window = min(2048 if m <= 96 else 1024, 32 * block_size)
     return MidTiles(slabs, stages, max(256, window))
+
+
+# Microseconds of a step of 64 along the contraction, by measurement on an H100 (SXM).
+LARGE_TILES = {
+    LargeTiles(128, 256, 4, 1, (208, 88)): 0.60,
+    LargeTiles(64, 256, 4, 2, None): 0.31,
+    LargeTiles(128, 128, 4, 2, None): 0.31,
+    LargeTiles(64, 128, 6, 2, None): 0.17,
+}
+_LARGE_TILE_US = 1.5  # a tile beside its steps: filling the ring, writing the result
+
+
+def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int) -> float:
+    """Estimated microseconds of `mosaic_large`."""
+    waves = math.ceil(math.ceil(outputs / tiles.outputs) * math.ceil(m / tiles.rows) / sms)
+    return waves * (contracted / 64 * LARGE_TILES[tiles] + _LARGE_TILE_US)
+
+
+def choose_large(m: int, outputs: int, contracted: int, sms: int) -> LargeTiles:
+    """The tiles of the least estimated time."""
+    return min(LARGE_TILES, key=lambda tiles: large_time(tiles, m, outputs, contracted, sms))

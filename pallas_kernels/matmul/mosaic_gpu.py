@@ -15,9 +15,16 @@ DTYPES = ("bfloat16", "float16")
 
 
 def unsupported(
-    x: jax.Array | jax.ShapeDtypeStruct, packed: jax.Array | jax.ShapeDtypeStruct, *, block_size: int
+    x: jax.Array | jax.ShapeDtypeStruct,
+    packed: jax.Array | jax.ShapeDtypeStruct,
+    *_,
+    block_size: int,
+    transpose: bool = False,
+    layer: jax.Array | None = None,
 ) -> str | None:
     """Why these kernels cannot run a call (the device apart), or None. Shapes as in `matmul`."""
+    if transpose:
+        return "these kernels do not contract over N (transpose=True)"
     dtype = jnp.dtype(x.dtype).name
     if dtype not in DTYPES:
         return f"x is {dtype}; the kernel multiplies in {' or '.join(DTYPES)}"
@@ -37,6 +44,7 @@ def matmul(
     codebook: jax.Array,
     *,
     block_size: int,
+    transpose: bool = False,
     layer: jax.Array | None = None,
     config: DecodeTiles | MidTiles | None = None,
 ) -> jax.Array:
@@ -56,7 +64,7 @@ def matmul(
     Raises:
         NotImplementedError: with the reason that `unsupported` gives.
     """
-    reason = unsupported(x, packed, block_size=block_size)
+    reason = unsupported(x, packed, block_size=block_size, transpose=transpose)
     if reason is not None:
         raise NotImplementedError(f"mosaic_gpu: {reason}")
     problem, operands = describe(x, packed, scales, codebook, block_size, layer)

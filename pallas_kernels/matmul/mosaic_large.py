@@ -1,4 +1,4 @@
-"""Hopper matmul for 129 rows of x and more: decoded in shared memory, never in device memory.
+"""Hopper matmul for many rows of x: decoded in shared memory, never in device memory.
 
 A block computes a tile of the transposed result, y.T = W @ x.T, in steps of 64 along the
 contraction, with warpgroups of two kinds around a ring of shared-memory slots:
@@ -23,17 +23,52 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.matmul.config import LargeTiles
-from pallas_kernels.matmul.problem import Operands, Problem
+from pallas_kernels.matmul.config import LargeTiles, choose_large
+from pallas_kernels.matmul.problem import Problem, describe
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
 STEP = 64  # contracted elements of a slot: one 128-byte swizzled row of 16-bit values
 CHUNK = 32  # weights of a 16-byte load of packed bytes
 AHEAD = 4  # steps between the load of a scale and its use
+MIN_STEPS = 8  # prefetches reach at most so far
 TABLE = 256  # second-level scale table
 VECTOR = plgpu.Layout.WG_STRIDED((mg.WARPGROUP,), vec_size=1)  # one value a thread
 SCALAR = plgpu.Layout.WG_SPLAT(())
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def matmul(
+    x, packed, scales, codebook, *, block_size, transpose=False, layer=None, config=None
+):
+    """See `pallas_kernels.matmul`. `config` are `LargeTiles`; None estimates the best."""
+    n, k = packed.shape[-2], 2 * packed.shape[-1]
+    outputs, contracted = (k, n) if transpose else (n, k)
+    sms = mg.multiprocessors()
+    m = x.shape[0]
+    tiles = config or choose_large(m, outputs, contracted, sms)
+    padded = max(pl.cdiv(m, 8) * 8, tiles.rows)  # a copy of x into shared memory spans whole tiles
+    x = jnp.pad(x, ((0, padded - m), (0, 0))) if padded > m else x
+    shape = jax.ShapeDtypeStruct((padded, k), x.dtype)
+    problem, operands = describe(shape, packed, scales, codebook, block_size, layer)
+    y = build(problem, tiles, transpose, sms)(operands._replace(x=x))
+    return y[:m] if padded > m else y
+
+
+def unsupported(
+    x, packed, scales, codebook, *, block_size, transpose=False, layer=None
+) -> str | None:
+    """Why these arguments cannot run, or None."""
+    n, k = packed.shape[-2], 2 * packed.shape[-1]
+    name, contracted, other = ("N", n, k) if transpose else ("K", k, n)
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}; the kernel multiplies bfloat16 and float16"
+    if block_size < CHUNK or block_size & (block_size - 1):
+        return f"block_size is {block_size}; the kernel needs a power of two from {CHUNK}"
+    if contracted % STEP or contracted < MIN_STEPS * STEP:
+        return f"{name} is {contracted}; the kernel needs a multiple of {STEP}, {MIN_STEPS} at least"
+    if other % 8 or other < 128:
+        return f"{'K' if transpose else 'N'} is {other}; the kernel needs a multiple of 8 from 128"
+    return None
 
 
 class Layout:
