@@ -258,9 +258,7 @@ def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> l
     return [llvm.extractvalue(f32(), out, [i]) for i in range(4)]
 
 
-def wgmma(
-    acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype
-) -> list[ir.Value]:
+def wgmma(acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype) -> list[ir.Value]:
     """acc[64, n] += a[64, 16 s] @ b[16 s, n] by a warpgroup, finished on return.
 
     Args:
@@ -273,7 +271,11 @@ def wgmma(
     shape = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name}"
     first = 2 * len(acc)  # outputs, then the inputs tied to them
     sums = ", ".join(f"${i}" for i in range(len(acc)))
-    lines = ["{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;", f"mov.b64 b, ${first + len(a)};", "wgmma.fence.sync.aligned;"]
+    lines = [
+        "{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;",
+        f"mov.b64 b, ${first + len(a)};",
+        "wgmma.fence.sync.aligned;",
+    ]
     for s in range(steps):
         words = ", ".join(f"${first + 4 * s + i}" for i in range(4))
         lines.append(f"{shape} {{{sums}}}, {{{words}}}, b, p, 1, 1, 0;")
@@ -433,9 +435,7 @@ class Barriers:
 
 def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
     """Copy `size` bytes (16-byte aligned, as both addresses) to shared memory, counted by a barrier."""
-    text = (
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
-    )
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
 
 

@@ -25,7 +25,7 @@ class ScaleSpec(NamedTuple):
     interpret: bool
 
     def load(self, refs, layer, block: jax.Array, inside: jax.Array) -> jax.Array:
-        """Return the float32 scale of each flat block, 0 outside; `refs` are `operands`' in order."""
+        """The float32 scale of each flat block, 0 outside; `refs` are those of `operands`."""
         if self.pitch is None:
             return plt.load(refs[0].at[layer, block], mask=inside, other=0.0)
         codes_ref, absmax_ref, offset_ref, table_ref, origin_ref = refs
@@ -36,7 +36,9 @@ class ScaleSpec(NamedTuple):
             place = (row + origin_ref[0]) * self.pitch + (block - row * self.blocks) + origin_ref[1]
         group = place // SECOND_LEVEL_BLOCK
         absmax = plt.load(absmax_ref.at[layer, group], mask=inside, other=0.0)
-        scale = _product(plt.load(table_ref.at[code]), absmax, self.interpret) + offset_ref[layer, 0]
+        scale = (
+            _product(plt.load(table_ref.at[code]), absmax, self.interpret) + offset_ref[layer, 0]
+        )
         return jnp.where(inside, scale, 0.0)
 
 
@@ -63,7 +65,7 @@ def layer_index(layer: jax.Array | int | None) -> jax.Array:
 
 
 def _product(a, b, interpret):
-    """a * b, rounded by itself: the compiler would fuse the addition that follows."""
+    """Return a * b, rounded by itself: the compiler would fuse the addition that follows."""
     if interpret:
         return jax.lax.optimization_barrier(a * b)
     [product] = plt.elementwise_inline_asm(

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.matmul.config import LargeTiles, choose_large
+from pallas_kernels.matmul.config import LargeTiles, choose_large, decoded_time, large_time
 from pallas_kernels.matmul.problem import Problem, describe
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
@@ -37,9 +37,7 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-def matmul(
-    x, packed, scales, codebook, *, block_size, transpose=False, layer=None, config=None
-):
+def matmul(x, packed, scales, codebook, *, block_size, transpose=False, layer=None, config=None):
     """See `pallas_kernels.matmul`. `config` are `LargeTiles`; None estimates the best."""
     n, k = packed.shape[-2], 2 * packed.shape[-1]
     outputs, contracted = (k, n) if transpose else (n, k)
@@ -65,10 +63,24 @@ def unsupported(
     if block_size < CHUNK or block_size & (block_size - 1):
         return f"block_size is {block_size}; the kernel needs a power of two from {CHUNK}"
     if contracted % STEP or contracted < MIN_STEPS * STEP:
-        return f"{name} is {contracted}; the kernel needs a multiple of {STEP}, {MIN_STEPS} at least"
-    if other % 8 or other < 128:
-        return f"{'K' if transpose else 'N'} is {other}; the kernel needs a multiple of 8 from 128"
+        return (
+            f"{name} is {contracted}; the kernel needs a multiple of {STEP}, {MIN_STEPS * STEP} at least"
+        )
+    if other % 64:
+        return f"{'K' if transpose else 'N'} is {other}; the kernel needs a multiple of 64"
     return None
+
+
+def slower(x, packed, scales, codebook, *, block_size, transpose=False, layer=None) -> str | None:
+    """Why decoding to memory and an ordinary dot is estimated to be faster, or None."""
+    m, n, k = x.shape[0], packed.shape[-2], 2 * packed.shape[-1]
+    outputs, contracted = (k, n) if transpose else (n, k)
+    sms = mg.multiprocessors()
+    here = large_time(choose_large(m, outputs, contracted, sms), m, outputs, contracted, sms)
+    there = decoded_time(m, n, k)
+    if here <= there:
+        return None
+    return f"about {here:.0f} us for {m} rows, against {there:.0f} us with the weight decoded first"
 
 
 class Layout:

@@ -1,8 +1,8 @@
-"""matmul on Pallas-Triton for few rows of x: the kernel of GPUs before Hopper.
+"""matmul on Pallas-Triton for a few rows of x: the kernel of GPUs before Hopper.
 
-A program owns `rows` weight rows and walks along K. The high nibbles of its bytes meet the even
-columns of x and the low nibbles the odd ones, so nothing is interleaved. Up to `DOT_FROM` rows of x
-products are summed elementwise; above, they are two tensor-core dots a step.
+A program owns `ROWS` weight rows and walks along K in steps of up to `STEP` bytes. The high nibbles
+of its bytes meet the even columns of x and the low nibbles the odd ones, so nothing is interleaved;
+the sum over a block is multiplied by its scale.
 """
 
 import functools
@@ -14,8 +14,10 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.triton_scales import layer_index, operands
 
-MAX_ROWS = 64
-DOT_FROM = 5
+MAX_ROWS = 4  # each row of x costs a multiply-add a weight; decoding once for a dot wins above
+ROWS = 4
+STEP = 2048
+NUM_WARPS = 4
 MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 
 
@@ -26,23 +28,18 @@ def matmul(
     del transpose
     m, k = x.shape
     n, half = packed.shape[-2:]
-    dots = m >= DOT_FROM
-    columns = max(16, pl.next_power_of_2(m)) if dots else m
     spec, arrays = operands(scales, k // block_size, layer is not None, interpret)
-    rows, step = (32, 128) if dots else (4, min(1024, pl.next_power_of_2(half)))
-    planes = [jnp.pad(x[:, i::2], ((0, columns - m), (0, 0))) for i in range(2)]
-    planes = [plane.T for plane in planes] if dots else planes
+    step = max(block_size // 2, min(STEP, pl.next_power_of_2(half)))
+    planes = x.astype(jnp.float32).reshape(m, half, 2).transpose(2, 0, 1)
     y = pl.pallas_call(
-        functools.partial(
-            _kernel, shape=(n, half), rows=rows, step=step, half_block=block_size // 2, spec=spec
-        ),
-        grid=(pl.cdiv(n, rows),),
-        out_shape=jax.ShapeDtypeStruct((n, columns), x.dtype),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        functools.partial(_kernel, half=half, step=step, half_block=block_size // 2, spec=spec),
+        grid=(pl.cdiv(n, ROWS),),
+        out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name="matmul_4bit_triton",
-    )(layer_index(layer), packed.reshape(-1, n * half), codebook, *planes, *arrays)
-    return y[:, :m].T
+    )(layer_index(layer), packed.reshape(-1, n * half), codebook, planes, *arrays)
+    return y
 
 
 def unsupported(
@@ -55,66 +52,49 @@ def unsupported(
         return f"x has {x.shape[0]} rows; the kernel takes at most {MAX_ROWS}"
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"x is {x.dtype}; the kernel multiplies bfloat16, float16 and float32"
+    if block_size & (block_size - 1):
+        return f"block_size is {block_size}; the kernel needs a power of two"
     if packed.size >= MAX_ELEMENTS:
         return f"packed has {packed.size} bytes, and Triton's 32-bit offsets stop at {MAX_ELEMENTS}"
     return None
 
 
-def _kernel(
-    layer_ref, packed_ref, codebook_ref, even_ref, odd_ref, *refs, shape, rows, step, half_block, spec
-):
+def _kernel(layer_ref, packed_ref, codebook_ref, x_ref, *refs, half, step, half_block, spec):
     *scale_refs, out_ref = refs
-    n, half = shape
-    layer, columns = layer_ref[0], out_ref.shape[1]
-    dots = columns >= 16
-    row = pl.program_id(0) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, step), 0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, step), 1)
+    m, n = out_ref.shape
+    layer, first_row = layer_ref[0], pl.program_id(0) * ROWS
+    blocks = step // half_block
 
-    def decode(i):
-        """The even and odd columns of a step's weights, in float32, 0 outside."""
+    def tile(columns):
+        """Weight row, column and both in range, of a [ROWS, columns] tile."""
+        row = first_row + jax.lax.broadcasted_iota(jnp.int32, (ROWS, columns), 0)
+        return row, jax.lax.broadcasted_iota(jnp.int32, (ROWS, columns), 1), row < n
+
+    def add_step(i, sums):
+        row, lane, inside = tile(step)
         byte = i * step + lane
-        inside = (row < n) & (byte < half)
+        inside = inside & (byte < half)
         codes = plt.load(packed_ref.at[layer, row * half + byte], mask=inside, other=0)
         codes = codes.astype(jnp.int32)
-        block = row * spec.blocks + byte // half_block
-        scale = spec.load(scale_refs, layer, block, inside)
-        return [plt.load(codebook_ref.at[code]) * scale for code in (codes >> 4, codes & 15)]
-
-    def dot_step(i, acc):
-        place = i * step + jax.lax.broadcasted_iota(jnp.int32, (step, columns), 0)
-        column = jax.lax.broadcasted_iota(jnp.int32, (step, columns), 1)
-        for w, ref in zip(decode(i), (even_ref, odd_ref)):
-            x = plt.load(ref.at[place, column], mask=place < half, other=0)
-            precision = "highest" if x.dtype == jnp.float32 else None
-            acc = acc + jnp.dot(
-                w.astype(x.dtype), x, preferred_element_type=jnp.float32, precision=precision
-            )
-        return acc
-
-    def sum_step(i, sums):
+        pair = [plt.load(codebook_ref.at[code]) for code in (codes >> 4, codes & 15)]
+        row, lane, inside = tile(blocks)
+        block = i * blocks + lane
+        inside = inside & (block < spec.blocks)
+        scale = spec.load(scale_refs, layer, row * spec.blocks + block, inside)
         place = i * step + jax.lax.broadcasted_iota(jnp.int32, (step,), 0)
-        weights = decode(i)
         out = []
-        for m, total in enumerate(sums):
-            for w, ref in zip(weights, (even_ref, odd_ref)):
-                index = jnp.full(place.shape, m, jnp.int32), place
-                x = plt.load(ref.at[index], mask=place < half, other=0).astype(jnp.float32)
-                total = total + w * x[None, :]
-            out.append(total)
+        for index, total in enumerate(sums):
+            even, odd = (
+                plt.load(x_ref.at[plane, index, place], mask=place < half, other=0.0)[None, :]
+                for plane in range(2)
+            )
+            products = pair[0] * even + pair[1] * odd
+            by_block = jnp.sum(products.reshape(ROWS, blocks, half_block), axis=2)
+            out.append(total + jnp.sum(by_block * scale, axis=1))
         return tuple(out)
 
-    steps = pl.cdiv(half, step)
-    out_row = pl.program_id(0) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    if dots:
-        acc = jax.lax.fori_loop(0, steps, dot_step, jnp.zeros((rows, columns), jnp.float32))
-        index = (
-            jnp.broadcast_to(out_row[:, None], acc.shape),
-            jax.lax.broadcasted_iota(jnp.int32, acc.shape, 1),
-        )
-        plt.store(out_ref.at[index], acc.astype(out_ref.dtype), mask=index[0] < n)
-        return
-    zero = jnp.zeros((rows, step), jnp.float32)
-    sums = jax.lax.fori_loop(0, steps, sum_step, (zero,) * columns)
-    for m, total in enumerate(sums):
-        value = jnp.sum(total, axis=1).astype(out_ref.dtype)
-        plt.store(out_ref.at[out_row, jnp.full((rows,), m, jnp.int32)], value, mask=out_row < n)
+    zero = jnp.zeros((ROWS,), jnp.float32)
+    sums = jax.lax.fori_loop(0, pl.cdiv(half, step), add_step, (zero,) * m)
+    row = first_row + jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
+    for index, total in enumerate(sums):
+        plt.store(out_ref.at[index, row], total.astype(out_ref.dtype), mask=row < n)
