@@ -1,13 +1,26 @@
 """qjax: 4-bit weights, LoRA and fast matrix products for JAX and Flax."""
 
+from qjax.checkpoint import load as load
+from qjax.checkpoint import save as save
+from qjax.checkpoint import save_async as save_async
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.qtensor import QTensor as QTensor
 from qjax.hf.pretrained import from_pretrained as from_pretrained
 from qjax.hf.tokenizer import load_tokenizer as load_tokenizer
+from qjax.nn.linen import QuantDense as QuantDense
+from qjax.nn.lora import LoraConfig as LoraConfig
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take
+from qjax.swap.linen import add_lora_params as add_lora_params
+from qjax.swap.linen import quantize_params as quantize_params
+from qjax.swap.linen_apply import apply as apply
+from qjax.swap.linen_apply import fused as fused
+from qjax.swap.merge import dequantize_model as dequantize_model
+from qjax.swap.merge import merge_lora as merge_lora
+from qjax.swap.nnx import add_lora as add_lora
+from qjax.swap.nnx import quantize_model as quantize_model
 from qjax.train import combine as combine
 from qjax.train import lora_mask as lora_mask
 from qjax.train import lora_optimizer as lora_optimizer

@@ -210,7 +210,7 @@ def _check_tokens(config, ids, mask, max_new_tokens) -> None:
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an int, 0 or more")
     total, limit = ids.shape[1] + max_new_tokens, config.max_position_embeddings
-    if total > limit:
+    if limit is not None and total > limit:
         raise ValueError(
             f"the prompt and max_new_tokens are {total} tokens, max_position_embeddings={limit}"
         )

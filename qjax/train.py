@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import GetAttrKey
+from jax.tree_util import GetAttrKey, keystr
 
 ADAPTER_NAMES = ("lora_a", "lora_b")
 
@@ -132,7 +132,7 @@ def _is_adapter(path) -> bool:
     # nnx.Variable and nn.Partitioned hold their array in an attribute `value`.
     if path and path[-1] == GetAttrKey("value"):
         path = path[:-1]
-    return bool(path) and _name(path[-1]) in ADAPTER_NAMES
+    return keystr(path[-1:], simple=True) in ADAPTER_NAMES
 
 
 def _zero_update(leaf) -> jax.Array:
@@ -167,11 +167,4 @@ def _is_none(node) -> bool:
 
 
 def _join(path) -> str:
-    return "/".join(str(_name(key)) for key in path)
-
-
-def _name(key):
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return key
+    return keystr(path, simple=True, separator="/")

@@ -7,13 +7,13 @@ import pytest
 
 from qjax.generate import sample
 from qjax.models import CausalLM
-from tests.models.golden_llama import FAMILIES, golden_model, reference
+from tests.models.golden import LLAMAS, golden_model, reference
 
 IDS = np.asarray([[5, 17, 3, 90], [8, 2, 44, 61]], np.int32)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_greedy_equals_transformers(family, scan_layers):
     model, ref = golden_model(family, scan_layers), reference(family)
     out = model.generate(ref["input_ids"], max_new_tokens=12)

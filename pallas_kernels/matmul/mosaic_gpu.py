@@ -4,27 +4,22 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.matmul import mosaic_decode, mosaic_mid
-from pallas_kernels.matmul.config import DecodeTiles, MidTiles, choose_decode, choose_mid
+from pallas_kernels.matmul import mosaic_decode
+from pallas_kernels.matmul.config import DecodeTiles, choose_decode
 from pallas_kernels.matmul.problem import describe
 from pallas_kernels.scales import DoubleQuantScales
 
-MAX_ROWS = 128
-DECODE_ROWS = 16  # up to here `mosaic_decode`, above `mosaic_mid`
+MAX_ROWS = 16
 DTYPES = ("bfloat16", "float16")
 
 
 def unsupported(
     x: jax.Array | jax.ShapeDtypeStruct,
     packed: jax.Array | jax.ShapeDtypeStruct,
-    *_,
+    *,
     block_size: int,
-    transpose: bool = False,
-    layer: jax.Array | None = None,
 ) -> str | None:
     """Why these kernels cannot run a call (the device apart), or None. Shapes as in `matmul`."""
-    if transpose:
-        return "these kernels do not contract over N (transpose=True)"
     dtype = jnp.dtype(x.dtype).name
     if dtype not in DTYPES:
         return f"x is {dtype}; the kernel multiplies in {' or '.join(DTYPES)}"
@@ -44,9 +39,8 @@ def matmul(
     codebook: jax.Array,
     *,
     block_size: int,
-    transpose: bool = False,
     layer: jax.Array | None = None,
-    config: DecodeTiles | MidTiles | None = None,
+    config: DecodeTiles | None = None,
 ) -> jax.Array:
     """Multiply by a rows-layout weight, accumulated in float32, in a fixed order.
 
@@ -64,14 +58,10 @@ def matmul(
     Raises:
         NotImplementedError: with the reason that `unsupported` gives.
     """
-    reason = unsupported(x, packed, block_size=block_size, transpose=transpose)
+    reason = unsupported(x, packed, block_size=block_size)
     if reason is not None:
         raise NotImplementedError(f"mosaic_gpu: {reason}")
     problem, operands = describe(x, packed, scales, codebook, block_size, layer)
     sms = mosaic.multiprocessors()
-    if config is None:
-        choose = choose_decode if problem.m <= DECODE_ROWS else choose_mid
-        config = choose(problem.m, problem.n, problem.k, block_size, sms)
-    if isinstance(config, DecodeTiles):
-        return mosaic_decode.build(problem, config, sms)(operands)
-    return mosaic_mid.build(problem, config)(operands)
+    tiles = config or choose_decode(problem.m, problem.n, problem.k, block_size, sms)
+    return mosaic_decode.build(problem, tiles, sms)(operands)

@@ -1,12 +1,13 @@
 """A GGUF file of llama.cpp: the model's sizes from its metadata, tensors decoded one at a time."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qjax.hf.extras import require
-from qjax.hf.families import Names
+from qjax.hf.families.llama import LLAMA
 from qjax.models import ModelConfig, RopeConfig
 
 _LLAMA_NAMES = {
@@ -32,12 +33,12 @@ class GGUFFile:
     Attributes:
         config: what the model looks like.
         dtype: "float32": whatever the file stores, tensors are decoded to it.
-        modules: module path -> prefix of its tensors' names.
+        family: a Llama with the names of GGUF.
         tensors: names of the weights.
     """
 
     dtype = "float32"
-    modules: Names = _LLAMA_NAMES
+    family = dataclasses.replace(LLAMA, names=_LLAMA_NAMES)
 
     def __init__(self, path: Path):
         self.path = path
@@ -82,7 +83,7 @@ class GGUFFile:
             num_key_value_heads=get("llama.attention.head_count_kv", heads),
             head_dim=get("llama.attention.key_length", hidden // heads),
             max_position_embeddings=get("llama.context_length"),
-            rms_norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
+            norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
             rope=self._rope(),
             tie_word_embeddings="output.weight" not in self._stored,
         )

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qjax.hf.families import Names, family
-from qjax.models import ModelConfig
+from qjax.hf.families import Family, family
 
 _INDEX = "model.safetensors.index.json"
 
@@ -19,9 +18,9 @@ class SafetensorsFolder:
 
     Attributes:
         config: what the model looks like.
+        family: the family that config.json names.
         dtype: name of the dtype that config.json declares.
-        modules: module path -> prefix of its tensors' names.
-        tensors: tensor name -> the file that holds it.
+        tensors: tensor name, as the family spells it -> the file that holds it.
     """
 
     def __init__(self, folder: Path):
@@ -32,22 +31,23 @@ class SafetensorsFolder:
                 f"{folder}: quantization_config with quant_method={method!r} is not read yet; "
                 "load the float checkpoint"
             )
-        known = family(data.get("model_type"))
+        self.path = folder
+        self.family: Family = family(data)
+        files = _tensor_files(folder)
+        self._stored = {_today(name, self.family, files): name for name in files}
+        self.tensors = {name: files[old] for name, old in self._stored.items()}
         try:
-            self.config: ModelConfig = known.config(data)
+            self.config = self.family.config(data, self.tensors)
         except KeyError as error:
             raise ValueError(f"{folder / 'config.json'}: no key {error}") from None
         self.dtype: str = data.get("dtype") or data.get("torch_dtype") or "float32"
-        self.modules: Names = known.names
-        self.path = folder
-        self.tensors = _tensor_files(folder)
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype."""
         file = self.tensors[name]
         try:
             with safe_open(file, framework="numpy") as f:
-                return f.get_tensor(name)
+                return f.get_tensor(self._stored[name])
         except SafetensorError as error:
             raise ValueError(f"{file}: tensor {name!r} cannot be read: {error}") from None
 
@@ -63,6 +63,14 @@ def read_json(file: Path) -> Mapping[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}, not a JSON object")
     return data
+
+
+def _today(name: str, family: Family, files: Mapping[str, Path]) -> str:
+    """Return the family's name of a tensor of an old file, or of a model saved without its head."""
+    for old, new in family.renamed.items():
+        name = name.removesuffix(old) + new if name.endswith(old) else name
+    headless = not any(other.startswith(family.prefix) for other in files)
+    return family.prefix + name if headless else name
 
 
 def _tensor_files(folder: Path) -> Mapping[str, Path]:

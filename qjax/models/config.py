@@ -1,7 +1,9 @@
-"""What a decoder-only language model looks like: sizes and switches, free of any file format."""
+"""What a transformer looks like: sizes and switches, free of any file format."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as config.json spells them
 
 
 @dataclass(frozen=True)
@@ -11,29 +13,90 @@ class RopeConfig:
     Attributes:
         theta: base of the geometric series of wavelengths.
         kind: "default"; "linear" (every frequency divided by `factor`); "llama3" (only the low
-            frequencies, with a smooth ramp between the two `*_freq_factor` wavelengths); "factors"
-            (frequency `i` divided by `factors[i]`, as GGUF files store the llama3 ramp).
-        original_length: context length before stretching, in tokens ("llama3" only).
+            frequencies, with a smooth ramp between the two `*_freq_factor` wavelengths); "yarn"
+            (arXiv:2309.00071: a ramp between the frequencies that turn `beta_slow` and `beta_fast`
+            times in `original_length`, and cosines and sines scaled by `attention_factor`);
+            "factors" (frequency `i` divided by `factors[i]`, as GGUF files store the llama3 ramp).
+        original_length: context length before stretching, in tokens ("llama3" and "yarn").
+        attention_factor: None is YaRN's own 0.1 ln(factor) + 1.
+        truncate: round the ends of YaRN's ramp to whole frequencies.
+        partial: the part of each head, from its start, that is rotated.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "factors"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "factors"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
     factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    partial: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in the place of the MLP.
+
+    Attributes:
+        count: experts in a layer.
+        per_token: experts that a token is sent to; their outputs are weighed by the softmax of
+            their router logits.
+        clamped: gpt_oss' MLP, (up + 1) * gate * sigmoid(alpha * gate) with both clamped to
+            `limit`, gate and up interleaved in one kernel, with biases on all; False is a SwiGLU.
+    """
+
+    count: int
+    per_token: int
+    clamped: bool = False
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self):
+        if not 1 <= self.per_token <= self.count:
+            raise ValueError(f"per_token={self.per_token} must be from 1 to count={self.count}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder-only language model, named as in Hugging Face's config.json.
+    """Sizes and switches of a stack of transformer blocks, named as in Hugging Face's config.json.
+
+    The defaults are those of a Llama.
 
     Attributes:
         head_dim: width of one attention head; `num_attention_heads * head_dim` may differ from
             `hidden_size`.
         num_key_value_heads: heads of keys and values, each shared by
             `num_attention_heads // num_key_value_heads` query heads.
+        max_position_embeddings: longest text, in tokens; None is no limit.
+        embedding_size: width of the token embedding where it differs from `hidden_size`, to which
+            two linear layers then project it, and back before the head.
+        embedding_scale: factor of the looked-up embedding.
+        embedding_norm: normalize the looked-up embedding.
+        positions: how tokens know their place: "rope", "learned" (a table), "alibi"
+            (arXiv:2108.12409) or "none".
+        position_offset: rows in front of the learned table that are no positions.
+        positions_from_mask: by default count the real tokens, not the columns.
+        rope: of all layers, or of the full layers where `sliding_rope` is given.
+        norm: "rms"; "rms_offset", whose scale is 1 + its parameter; or "layer".
+        norm_eps: added to the variance.
+        block: where the norms are: "pre", "post", "sandwich" (before and after each half) or
+            "parallel" (attention and MLP read the same stream).
+        final_norm: normalize the stream before the head.
+        fused_qkv: one linear layer makes queries, keys and values: "sections" holds all queries,
+            then all keys, then all values; "heads" holds the three of each head together.
+        qkv_bias, output_bias: biases of attention's linear layers.
+        qk_norm: normalize each head's queries and keys before rotating them.
+        attention_scale: factor of the attention logits; None is 1 / sqrt(head_dim).
+        attention_softcap, logit_softcap: x becomes cap * tanh(x / cap).
+        attention_sinks: a learned logit per head that takes part in the softmax and has no value.
+        sliding_window: real tokens that a query of a sliding layer sees, itself included.
+        layer_types: "full_attention" or "sliding_attention" for each layer; None is all full.
+        mlp: "gated", "gated_fused" (gate and up in one linear layer) or "plain".
+        experts: a mixture in the place of the MLP.
         tie_word_embeddings: the output head is the transposed embedding table.
         scan_layers: one stacked block under `jax.lax.scan` in place of a list of blocks: compiles
             in the time of one layer.
@@ -47,12 +110,33 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int | None = 2048
+    embedding_size: int | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    positions: Literal["rope", "learned", "alibi", "none"] = "rope"
+    position_offset: int = 0
+    positions_from_mask: bool = False
     rope: RopeConfig = RopeConfig()
-    hidden_act: str = "silu"
-    attention_bias: bool = False
+    sliding_rope: RopeConfig | None = None
+    norm: Literal["rms", "rms_offset", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    block: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    final_norm: bool = True
+    fused_qkv: Literal["sections", "heads"] | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    mlp: Literal["gated", "gated_fused", "plain"] = "gated"
     mlp_bias: bool = False
+    hidden_act: str = "silu"
+    experts: ExpertsConfig | None = None
+    logit_softcap: float | None = None
     tie_word_embeddings: bool = False
     scan_layers: bool = False
     remat: bool = False
@@ -75,5 +159,24 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} must be divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
+        if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {FULL, SLIDING}:
+            raise ValueError(
+                f"layer_types={self.layer_types} must say {FULL!r} or {SLIDING!r} for each of "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
+        if self.positions == "learned" and not self.max_position_embeddings:
+            raise ValueError("positions='learned' needs max_position_embeddings")
+        if SLIDING in self.kinds and (self.sliding_window or 0) < 1:
+            raise ValueError(f"sliding_window={self.sliding_window!r} must be a positive int")
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of a learned table of positions."""
+        return (self.max_position_embeddings or 0) + self.position_offset
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.layer_types or (FULL,) * self.num_hidden_layers

@@ -1,6 +1,6 @@
 """Rotary position embeddings (arXiv:2104.09864), half-rotation layout as in Hugging Face's Llama.
 
-Element `i` of a head is paired with element `i + head_dim / 2`. (llama.cpp and Meta's own files
+Element `i` of a head is paired with element `i + rotary_dim / 2`. (llama.cpp and Meta's own files
 pair neighbours; their loaders permute the query and key weights.)
 """
 
@@ -14,13 +14,16 @@ from qjax.models.config import RopeConfig
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Return the float32 [head_dim / 2] angles per position, in radians."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """Return the float32 [rotary_dim / 2] angles per position, in radians."""
+    dim = int(head_dim * config.partial)
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     freqs = 1.0 / np.float32(config.theta) ** exponents
     if config.kind == "linear":
         return freqs / np.float32(config.factor)
     if config.kind == "llama3":
         return _llama3(freqs, config)
+    if config.kind == "yarn":
+        return _yarn(freqs, config)
     if config.kind == "factors":
         if len(config.factors) != len(freqs):
             raise ValueError(
@@ -29,7 +32,9 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
             )
         return freqs / np.asarray(config.factors, np.float32)
     if config.kind != "default":
-        raise ValueError(f"rope kind={config.kind!r} must be default, linear, llama3 or factors")
+        raise ValueError(
+            f"rope kind={config.kind!r} must be default, linear, llama3, yarn or factors"
+        )
     return freqs
 
 
@@ -41,17 +46,49 @@ def _llama3(freqs: np.ndarray, config: RopeConfig) -> np.ndarray:
     return ((1 - kept) * freqs / config.factor + kept * freqs).astype(np.float32)
 
 
+def _yarn(freqs: np.ndarray, config: RopeConfig) -> np.ndarray:
+    """Keep the frequencies that turn often in the original length, divide those that hardly do."""
+    dim = 2 * len(freqs)
+
+    def index(turns: float) -> float:
+        """Return the place of the frequency that turns so often in the original length."""
+        wavelength = config.original_length / (turns * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(config.theta))
+
+    first, last = index(config.beta_fast), index(config.beta_slow)
+    if config.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    ramp = (np.arange(len(freqs)) - first) / max(last - first, 0.001)
+    kept = 1 - np.clip(ramp, 0.0, 1.0)
+    return ((1 - kept) * freqs / config.factor + kept * freqs).astype(np.float32)
+
+
+def _magnitude(config: RopeConfig) -> float:
+    if config.kind != "yarn":
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    return 0.1 * math.log(config.factor) + 1 if config.factor > 1 else 1.0
+
+
 def rotation(
     config: RopeConfig, head_dim: int, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return float32 cosines and sines [B, T, 1, head_dim / 2] of int32 positions [B, T]."""
+    """Return float32 cosines and sines [B, T, 1, rotary_dim / 2] of int32 positions [B, T]."""
     freqs = jnp.asarray(frequencies(config, head_dim))
     angles = positions.astype(jnp.float32)[:, :, None, None] * freqs[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    size = _magnitude(config)
+    return jnp.cos(angles) * size, jnp.sin(angles) * size
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [B, T, heads, head_dim] by `rotation`'s angles, in float32; x's dtype comes back."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    """Rotate the first elements of each head of x [B, T, heads, head_dim] by `rotation`'s angles.
+
+    Computed in float32, returned in x's dtype.
+    """
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

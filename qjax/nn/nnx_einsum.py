@@ -87,7 +87,7 @@ class QuantEinsum(QuantLayer, LoraEinsum):
         bias = None if self.bias is None else self.bias[...]
         x, bias, dtype = self._promote(inputs, bias)
         weight = self._weight
-        y = self._multiply(einsum, equation, x.astype(self.compute_dtype), weight)
+        y = self._multiply(einsum, equation, x.astype(self.product_dtype), weight)
         if bias is not None:
             _, kernel, out = parse(equation, x.ndim, weight.ndim)
             sizes = dict(zip(kernel, weight.shape, strict=True))

@@ -89,5 +89,5 @@ class QuantEmbed(QuantLayer, LoraEmbed):
     def _attend_base(self, query, out_sharding):
         weight = jnp.zeros((), self._weight.dtype)
         query, weight = self.promote_dtype((query, weight), dtype=self.dtype)
-        y = self._multiply(matmul, query.astype(self.compute_dtype), self._weight)
+        y = self._multiply(matmul, query.astype(self.product_dtype), self._weight)
         return finish(y, None, weight.dtype, out_sharding)

@@ -6,6 +6,7 @@ names and meaning, so a layer changes its class in place and every reference to 
 """
 
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
 from qjax.nn.lora import LoraConfig, init_adapter
-from qjax.nn.nnx_param import QuantParam, float_metadata, quant_metadata
+from qjax.nn.nnx_param import QuantParam, quant_metadata
 from qjax.ops import trace
 from qjax.ops.lora import lora_weight
 
@@ -126,8 +127,9 @@ class QuantLayer(LoraLayer):
     """A layer whose weight is a `QuantParam`.
 
     Attributes:
-        compute_dtype: what the product multiplies in. The result has the dtype that Flax's layer
-            would give: `dtype`, or else what x and the parameters promote to.
+        compute_dtype: what products multiply in where the layer has no `dtype` of its own. The
+            result has the dtype that Flax's layer would give: `dtype`, or else what x and the
+            parameters promote to.
     """
 
     lora_class: type
@@ -155,23 +157,21 @@ class QuantLayer(LoraLayer):
         return cls.convert(copy.copy(layer), config, name=name)
 
     @classmethod
-    def convert(cls, layer: nnx.Module, config: QuantConfig, *, name: str = ""):
-        """Turn the layer itself into one of this class, dropping its float weight."""
-        name = name or cls.weight_name
-        q = quantize_variable(layer, cls.weight_name, cls.weight_axes(layer), config, name)
-        metadata = quant_metadata(getattr(layer, cls.weight_name))
+    def convert(cls, layer: nnx.Module, config: QuantConfig, *, name: str = "", weight=None):
+        """Turn the layer itself into one of this class, dropping its float weight.
+
+        Args:
+            layer: of the Flax class, or that class with an adapter.
+            config: as in `from_float`.
+            name: as in `from_float`.
+            weight: a `QuantParam` that the layer shares with another; None quantizes its own.
+        """
+        if weight is None:
+            weight = quantize_weight(layer, cls, config, name=name)
         layer.__class__ = cls
-        setattr(layer, cls.weight_name, QuantParam(q, **metadata))
+        setattr(layer, cls.weight_name, weight)
         layer.compute_dtype = config.compute_dtype
         return layer
-
-    def to_float(self, weight: jax.Array) -> nnx.Module:
-        """Turn the layer itself back into Flax's class (with its adapter, if it has one)."""
-        metadata = float_metadata(getattr(self, self.weight_name))
-        del self.compute_dtype
-        self.__class__ = self.float_class if self.lora_a is None else self.lora_class
-        setattr(self, self.weight_name, nnx.Param(weight, **metadata))
-        return self
 
     def _init_quantized(self, config: QuantConfig, lora: LoraConfig | None, rngs) -> None:
         """Finish the constructor: Flax's has made the float weight."""
@@ -185,8 +185,13 @@ class QuantLayer(LoraLayer):
             if arguments.get(name) is not None:
                 raise ValueError(f"{cls.__name__} has its own product and takes no {name}=")
 
+    @property
+    def product_dtype(self) -> Any:
+        """What this layer's products multiply in."""
+        return self.compute_dtype if self.dtype is None else self.dtype
+
     def _adapter_dtype(self, y: jax.Array) -> Any:
-        return self.compute_dtype
+        return self.product_dtype
 
     def _promote(self, x: Any, bias: Any) -> tuple[jax.Array, Any, Any]:
         """Return x, the bias and the result's dtype, as Flax's layer promotes them."""
@@ -204,24 +209,31 @@ class QuantLayer(LoraLayer):
             return op(*args)
 
 
-def quantize_variable(
-    layer: nnx.Module, weight_name: str, axes: WeightAxes, config: QuantConfig, name: str
-) -> QTensor:
-    """Quantize a layer's float variable; one of `jax.ShapeDtypeStruct` gives a QTensor of them.
+def quantize_weight(
+    layer: nnx.Module, cls: type[QuantLayer], config: QuantConfig, *, name: str = ""
+) -> QuantParam:
+    """Quantize a layer's weight as `cls` uses it; one of `jax.ShapeDtypeStruct` stays abstract.
 
     Raises:
         ValueError: its shape is not the layer's own behind stacked axes; NaN or inf.
+        TypeError: it is not floating.
     """
-    w = getattr(layer, weight_name).get_raw_value()
-    stack = w.ndim - len(axes.shape)
-    if stack < 0 or tuple(w.shape[stack:]) != axes.shape:
-        raise ValueError(
-            f"{name}: shape {tuple(w.shape)} is not {list(axes.shape)} behind stacked axes"
-        )
-    kwargs = dict(contract_axes=axes.contract_axes, batch_ndim=stack + axes.batch_ndim, name=name)
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda w: quantize(w, config, **kwargs), w)
-    return quantize(w, config, **kwargs)
+    variable, name = getattr(layer, cls.weight_name), name or cls.weight_name
+    axes, w = cls.weight_axes(layer), variable.get_raw_value()
+    batch_ndim = stacked_ndim(tuple(w.shape), axes, name) + axes.batch_ndim
+    quantized = functools.partial(
+        quantize, cfg=config, contract_axes=axes.contract_axes, batch_ndim=batch_ndim, name=name
+    )
+    q = jax.eval_shape(quantized, w) if isinstance(w, jax.ShapeDtypeStruct) else quantized(w)
+    return QuantParam(q, **quant_metadata(variable))
+
+
+def stacked_ndim(shape: tuple[int, ...], axes: WeightAxes, name: str) -> int:
+    """Return how many stacked axes (`nnx.vmap` over layers) a weight has in front of its own."""
+    stack = len(shape) - len(axes.shape)
+    if stack < 0 or shape[stack:] != axes.shape:
+        raise ValueError(f"{name}: shape {shape} is not {list(axes.shape)} behind stacked axes")
+    return stack
 
 
 def finish(y: jax.Array, bias: Any, dtype: Any, out_sharding: Any) -> jax.Array:

@@ -68,7 +68,7 @@ class QuantLinear(QuantLayer, LoraLinear):
     def _base(self, inputs, out_sharding):
         bias = None if self.bias is None else self.bias[...]
         x, bias, dtype = self._promote(inputs, bias)
-        y = self._multiply(matmul, x.astype(self.compute_dtype), self._weight)
+        y = self._multiply(matmul, x.astype(self.product_dtype), self._weight)
         if bias is not None:
             bias = bias.reshape((1,) * (y.ndim - 1) + (-1,))
         return finish(y, bias, dtype, out_sharding)
@@ -148,7 +148,7 @@ class QuantLinearGeneral(QuantLayer, LoraLinearGeneral):
         bias = None if self.bias is None else self.bias[...]
         x, bias, dtype = self._promote(inputs, bias)
         rows = self._rows(x)
-        y = self._multiply(matmul, rows.astype(self.compute_dtype), self._weight)
+        y = self._multiply(matmul, rows.astype(self.product_dtype), self._weight)
         if bias is not None:
             batch = rows.shape[: len(self.batch_axis)]
             rest = (1,) * (rows.ndim - 1 - len(batch))

@@ -9,8 +9,9 @@ from flax import nnx
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
 
-# Metadata that describes the float array's placement or hooks, not the weight.
-_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "out_sharding", "sharding_rules", "mesh")
+SKIPPED = "qjax_skipped"  # metadata of a weight that quantize_model left alone: the reason
+# Metadata that describes the float array's placement, not the weight.
+_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "out_sharding", "sharding_rules", "mesh", SKIPPED)
 _DECODED_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg")
 _DECODED_OPERATORS += ("matmul", "rmatmul")
 

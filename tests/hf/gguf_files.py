@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.models.golden_llama import FOLDER
+from tests.models.golden import FOLDER
 
 NAMES = {
     "model.embed_tokens": "token_embd",

@@ -8,12 +8,12 @@ import pytest
 
 import qjax.hf
 from tests.hf.gguf_files import write_llama
-from tests.models.golden_llama import FAMILIES, FOLDER, TOLERANCE, golden_model, reference
+from tests.models.golden import FOLDER, LLAMAS, TOLERANCE, golden_model, reference
 
 F32 = gguf.GGMLQuantizationType.F32
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_a_float_file_gives_transformers_logits(family, tmp_path):
     write_llama(tmp_path / "model.gguf", family, F32)
     model, ref = qjax.hf.from_pretrained(tmp_path / "model.gguf"), reference(family)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from qjax.models import CausalLM, ModelConfig
-from tests.models.golden_llama import FAMILIES, PADDINGS, TOLERANCE, golden_model, reference
+from tests.models.golden import TOLERANCE, golden_model, reference
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -23,18 +23,6 @@ TINY = ModelConfig(
 )
 
 forward = nnx.jit(lambda model, *args: model(*args))
-
-
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers_with_and_without_padding(family, scan_layers):
-    model, ref = golden_model(family, scan_layers), reference(family)
-    for padding in PADDINGS:
-        mask = ref["attention_mask" + padding]
-        logits = forward(model, ref["input_ids" + padding], mask)
-        assert logits.dtype == jnp.float32
-        error = np.abs(logits - ref["logits" + padding])[mask == 1]
-        assert error.max() < TOLERANCE, padding
 
 
 def test_no_mask_is_a_mask_of_ones():

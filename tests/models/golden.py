@@ -1,4 +1,4 @@
-"""The golden Llamas, loaded once for all tests that read them."""
+"""The golden models, each loaded once for all tests that read it."""
 
 import functools
 import pathlib
@@ -8,7 +8,14 @@ import numpy as np
 import qjax.hf
 
 FOLDER = pathlib.Path(__file__).parent.parent / "golden" / "hf"
-FAMILIES = ("llama", "llama_tied")
+LLAMAS = ("llama", "llama_tied")
+DECODERS = (
+    *LLAMAS,
+    *("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
+    *("gpt2", "opt", "opt_postnorm", "bloom", "gpt_neo", "gpt_neox", "mixtral", "gpt_oss"),
+)
+SEQ2SEQ = ("t5", "t5_gated")
+FAMILIES = (*DECODERS, *SEQ2SEQ, "bert")
 PADDINGS = ("", "_left", "_right")
 # Absolute, on logits of size 10 to 17: twenty times what float32 differs from float64 by
 # (golden/hf/README.md).
@@ -25,3 +32,8 @@ def reference(family: str) -> dict[str, np.ndarray]:
 def golden_model(family: str, scan_layers: bool = False):
     """Shared between tests: do not change it."""
     return qjax.hf.from_pretrained(FOLDER / family / "hf", scan_layers=scan_layers)
+
+
+def error(logits, expected: np.ndarray) -> np.ndarray:
+    """Return the absolute errors of logits, of which the golden data may hold every fourth."""
+    return np.abs(np.asarray(logits)[..., :: logits.shape[-1] // expected.shape[-1]] - expected)

@@ -1,0 +1,115 @@
+"""Self-attention with grouped key-value heads, and the attention product itself."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qjax.models.cache import KVCache, write
+from qjax.models.config import ModelConfig
+from qjax.models.context import Context
+from qjax.models.norm import make_norm
+from qjax.models.rope import rotate
+
+
+class Attention(nnx.Module):
+    """Self-attention over the stream, or over the cache that it is appended to."""
+
+    def __init__(self, config: ModelConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.config = config
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        linear = functools.partial(nnx.Linear, **kinds)
+        query = config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        if config.fused_qkv:
+            self.qkv_proj = linear(config.hidden_size, query + 2 * kv, use_bias=config.qkv_bias)
+        else:
+            self.q_proj = linear(config.hidden_size, query, use_bias=config.qkv_bias)
+            self.k_proj = linear(config.hidden_size, kv, use_bias=config.qkv_bias)
+            self.v_proj = linear(config.hidden_size, kv, use_bias=config.qkv_bias)
+        self.o_proj = linear(query, config.hidden_size, use_bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = make_norm(config, config.head_dim, **kinds)
+            self.k_norm = make_norm(config, config.head_dim, **kinds)
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), param_dtype))
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: KVCache | None, layer
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Map [B, T, hidden] to the same and the cache, written at `layer`."""
+        c = self.config
+        q, k, v = self._project(x)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.rope is not None:
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        if cache is not None:
+            cache, k, v = write(cache, layer, k, v)
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
+        sinks = self.sinks[...] if c.attention_sinks else None
+        out = attend(q, k, v, context, c.attention_scale, c.attention_softcap, sinks)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values [B, T, heads, head_dim]."""
+        c = self.config
+        heads = (*x.shape[:2], -1, c.head_dim)
+        if c.fused_qkv is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            return q.reshape(heads), k.reshape(heads), v.reshape(heads)
+        qkv = self.qkv_proj(x)
+        if c.fused_qkv == "heads":
+            qkv = qkv.reshape(*x.shape[:2], c.num_attention_heads, 3, c.head_dim)
+            return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
+        ends = np.cumsum([c.num_attention_heads, c.num_key_value_heads]) * c.head_dim
+        q, k, v = jnp.split(qkv, ends, axis=-1)
+        return q.reshape(heads), k.reshape(heads), v.reshape(heads)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    context: Context,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """Return softmax(scale * q k + bias) v, with the softmax in float32.
+
+    Args:
+        q: [B, T, heads, head_dim].
+        k, v: [B, S, kv_heads, head_dim].
+        context: mask and bias; no mask is plain causal.
+        scale: None is 1 / sqrt(head_dim).
+        softcap: caps the logits, before the bias.
+        sinks: [heads] more logits, of a key without a value.
+    """
+    mask, bias = context.mask, context.bias
+    if softcap is None and sinks is None:
+        return jax.nn.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, scale=scale, is_causal=mask is None
+        )
+    batch, length, heads, head_dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, heads, length, -1)
+    logits *= head_dim**-0.5 if scale is None else scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits if bias is None else logits + bias
+    if mask is None:
+        mask = jnp.tri(length, k.shape[1], dtype=jnp.bool_)[None, None]
+    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    if sinks is not None:
+        column = sinks.astype(jnp.float32)[None, :, None, None]
+        column = jnp.broadcast_to(column, (batch, heads, length, 1))
+        logits = jnp.concatenate([logits, column], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]].astype(v.dtype)
+    weights = weights.reshape(batch, k.shape[2], -1, length, k.shape[1])
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)

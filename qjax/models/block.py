@@ -1,0 +1,61 @@
+"""One transformer block: attention and an MLP, each added to the stream.
+
+The blocks are made of plain `nnx.Linear` and `nnx.Einsum`, called as functions, so that any layer
+of the same call (a quantized one, one with an adapter) can stand in their place.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qjax.models.attention import Attention
+from qjax.models.cache import KVCache
+from qjax.models.config import ModelConfig
+from qjax.models.context import Context
+from qjax.models.experts import MixtureMLP
+from qjax.models.mlp import MLP
+from qjax.models.norm import make_norm
+
+
+class Block(nnx.Module):
+    """A block, with its norms where `config.block` says."""
+
+    def __init__(self, config: ModelConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.kind = config.block
+        self.input_layernorm = make_norm(config, config.hidden_size, **kinds)
+        self.self_attn = Attention(config, **kinds)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size, **kinds)
+        if config.experts is None:
+            self.mlp = MLP(config, **kinds)
+        else:
+            self.mlp = MixtureMLP(config, config.experts, **kinds)
+        if config.block == "sandwich":
+            self.pre_feedforward_layernorm = make_norm(config, config.hidden_size, **kinds)
+            self.post_feedforward_layernorm = make_norm(config, config.hidden_size, **kinds)
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: KVCache | None, layer
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Map the stream x [B, T, hidden] to (x, cache).
+
+        Args:
+            context: of this kind of layer.
+            cache: written at `layer`, or None to attend within x alone.
+        """
+        normed = x if self.kind == "post" else self.input_layernorm(x)
+        attended, cache = self.self_attn(normed, context, cache, layer)
+        if self.kind == "post":
+            x = self.input_layernorm(x + attended)
+            x = self.post_attention_layernorm(x + self.mlp(x))
+        elif self.kind == "sandwich":
+            x = x + self.post_attention_layernorm(attended)
+            fed = self.mlp(self.pre_feedforward_layernorm(x))
+            x = x + self.post_feedforward_layernorm(fed)
+        elif self.kind == "parallel":
+            x = x + attended + self.mlp(self.post_attention_layernorm(x))
+        else:
+            x = x + attended
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, cache

@@ -1,0 +1,109 @@
+"""What a layer knows of the batch: which keys each query sees, and where tokens stand.
+
+Slots are columns of the batch, or of the cache when there is one. A slot's order is its place among
+the real tokens of its row: windows and ALiBi count real tokens, whatever the padding.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qjax.models.alibi import alibi
+from qjax.models.cache import KVCache
+from qjax.models.config import FULL, SLIDING, ModelConfig
+from qjax.models.rope import rotation
+
+
+class Context(NamedTuple):
+    """The same for all layers of one kind.
+
+    Attributes:
+        mask: bool [B or 1, 1, T or 1, slots], True where a query sees a key; None: plain causal.
+        bias: float32 [B or 1, heads, T or 1, slots], added to the attention logits; or None.
+        rope: cosines and sines as `rope.rotation` returns them; or None.
+    """
+
+    mask: jax.Array | None = None
+    bias: jax.Array | None = None
+    rope: tuple[jax.Array, jax.Array] | None = None
+
+
+def causal_contexts(
+    config: ModelConfig,
+    length: int,
+    attention_mask: jax.Array | None,
+    positions: jax.Array | None,
+    cache: KVCache | None,
+    relative: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[Mapping[str, Context], KVCache | None]:
+    """Return a `Context` for each kind of layer, and the cache with `valid` moved.
+
+    Args:
+        length: T, the tokens of this call.
+        attention_mask: bool [B, T], False on padding; None: no padding.
+        positions: int32 [B, T], for RoPE.
+        cache: None, or the cache whose next T slots these tokens take.
+        relative: makes the bias of all layers from the distances int32 [B or 1, T, slots] of each
+            query behind each key, in real tokens.
+    """
+    real, start, cache = _real_slots(length, attention_mask, cache)
+    bias, contexts = None, {}
+    if config.positions == "alibi":
+        bias = alibi(config.num_attention_heads, _order(real))
+    if relative is not None:
+        bias = relative(_distance(real, length, start))
+    plain = cache is None and attention_mask is None and SLIDING not in config.kinds
+    causal = None if plain else _causal(real, length, start)
+    for kind in set(config.kinds):
+        mask, rope = causal, config.rope
+        if kind == SLIDING:
+            near = _distance(real, length, start) < (config.sliding_window or 0)
+            mask, rope = _causal(real, length, start) & near[:, None], config.sliding_rope or rope
+        angles = None
+        if config.positions == "rope" and positions is not None:
+            angles = rotation(rope, config.head_dim, positions)
+        contexts[kind] = Context(mask, bias, angles)
+    return contexts, cache
+
+
+def encoder_contexts(
+    attention_mask: jax.Array | None, bias: jax.Array | None = None
+) -> Mapping[str, Context]:
+    """Return the contexts of an encoder, where every token sees every real token."""
+    return {FULL: Context(encoder_mask(attention_mask), bias)}
+
+
+def encoder_mask(attention_mask: jax.Array | None) -> jax.Array:
+    """Return the mask of the keys of an encoder, bool [B or 1, 1, 1, T or 1]."""
+    if attention_mask is None:
+        return jnp.ones((1, 1, 1, 1), jnp.bool_)
+    return attention_mask[:, None, None, :]
+
+
+def _real_slots(length, attention_mask, cache):
+    """Return bool [B or 1, slots], the slot of the first token, and the cache moved on."""
+    if cache is None:
+        real = jnp.ones((1, length), jnp.bool_) if attention_mask is None else attention_mask
+        return real, 0, None
+    rows = cache.valid.shape[0]
+    new = jnp.ones((rows, length), jnp.bool_) if attention_mask is None else attention_mask
+    valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, cache.length, axis=1)
+    return valid, cache.length, cache._replace(valid=valid)
+
+
+def _order(real: jax.Array) -> jax.Array:
+    return jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+
+
+def _causal(real: jax.Array, length: int, start) -> jax.Array:
+    query = start + jnp.arange(length)
+    before = jnp.arange(real.shape[1])[None, :] <= query[:, None]  # [T, slots]
+    return real[:, None, None, :] & before[None, None]
+
+
+def _distance(real: jax.Array, length: int, start) -> jax.Array:
+    order = _order(real)
+    query = jax.lax.dynamic_slice_in_dim(order, start, length, axis=1)
+    return query[:, :, None] - order[:, None, :]

@@ -1,0 +1,75 @@
+"""A mixture of experts: a router, and MLPs whose kernels are stacked [experts, in, out].
+
+Every expert is computed for every token and weighed, with zero for those that the router did not
+choose: one batched product per kernel, exact and of static shape.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax.models.config import ExpertsConfig, ModelConfig
+from qjax.models.mlp import activation
+
+
+class MixtureMLP(nnx.Module):
+    """The weighted sum of the MLPs of the experts that a token is sent to (arXiv:2401.04088)."""
+
+    def __init__(
+        self, config: ModelConfig, experts: ExpertsConfig, *, dtype, param_dtype, rngs: nnx.Rngs
+    ):
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = experts
+        self.router = nnx.Linear(
+            config.hidden_size, experts.count, use_bias=experts.clamped, **kinds
+        )
+        self.experts = Experts(config, experts, **kinds)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., hidden] to the same."""
+        tokens = x.reshape(-1, x.shape[-1])
+        logits, chosen = jax.lax.top_k(
+            self.router(tokens).astype(jnp.float32), self.config.per_token
+        )
+        share = jax.nn.softmax(logits, axis=-1)  # [tokens, per_token]
+        one_hot = jax.nn.one_hot(chosen, self.config.count, dtype=jnp.float32)
+        weights = jnp.einsum("nk,nke->ne", share, one_hot).astype(x.dtype)
+        out = jnp.einsum(
+            "ne,end->nd", weights, self.experts(tokens), preferred_element_type=jnp.float32
+        )
+        return out.astype(x.dtype).reshape(x.shape)
+
+
+class Experts(nnx.Module):
+    """The MLPs of all experts."""
+
+    def __init__(
+        self, config: ModelConfig, experts: ExpertsConfig, *, dtype, param_dtype, rngs: nnx.Rngs
+    ):
+        self.config = experts
+        self.activation = activation(config.hidden_act)
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        count, hidden, inner = experts.count, config.hidden_size, config.intermediate_size
+
+        def linear(fan_in, fan_out):
+            bias = (count, fan_out) if experts.clamped else None
+            return nnx.Einsum("end,edf->enf", (count, fan_in, fan_out), bias, **kinds)
+
+        if experts.clamped:
+            self.gate_up_proj = linear(hidden, 2 * inner)
+        else:
+            self.gate_proj = linear(hidden, inner)
+            self.up_proj = linear(hidden, inner)
+        self.down_proj = linear(inner, hidden)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Map [tokens, hidden] to what each expert makes of them, [experts, tokens, hidden]."""
+        x = jnp.broadcast_to(tokens[None], (self.config.count, *tokens.shape))
+        if not self.config.clamped:
+            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate_up = self.gate_up_proj(x)
+        gate = jnp.minimum(gate_up[..., ::2], self.config.limit)
+        up = jnp.clip(gate_up[..., 1::2], -self.config.limit, self.config.limit)
+        return self.down_proj((up + 1) * gate * jax.nn.sigmoid(gate * self.config.alpha))

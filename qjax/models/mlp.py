@@ -1,0 +1,57 @@
+"""The feed-forward half of a block."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax.models.config import ModelConfig
+
+_gelu = functools.partial(nnx.gelu, approximate=False)
+# By Hugging Face's names; several stand for the tanh approximation of GELU.
+ACTIVATIONS = {
+    "silu": nnx.silu,
+    "relu": nnx.relu,
+    "gelu": _gelu,
+    "gelu_new": nnx.gelu,
+    "gelu_fast": nnx.gelu,
+    "gelu_pytorch_tanh": nnx.gelu,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Look up an activation by Hugging Face's name."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={name!r} must be one of {list(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class MLP(nnx.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.activation = activation(config.hidden_act)
+        self.kind = config.mlp
+        linear = functools.partial(
+            nnx.Linear, use_bias=config.mlp_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        hidden, inner = config.hidden_size, config.intermediate_size
+        if config.mlp == "gated_fused":
+            self.gate_up_proj = linear(hidden, 2 * inner)
+        else:
+            if config.mlp == "gated":
+                self.gate_proj = linear(hidden, inner)
+            self.up_proj = linear(hidden, inner)
+        self.down_proj = linear(inner, hidden)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., hidden] to the same."""
+        if self.kind == "plain":
+            return self.down_proj(self.activation(self.up_proj(x)))
+        if self.kind == "gated":
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(self.activation(gate) * up)

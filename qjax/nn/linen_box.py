@@ -1,0 +1,235 @@
+"""QuantBox: the leaf of a Linen parameter tree that holds a 4-bit kernel and its adapter.
+
+Flax asks a box (`flax.core.meta.AxisMetadata`) for its content wherever a module reads a parameter,
+so a module that knows nothing of qjax gets the decoded kernel, under `nn.scan` and `nn.remat` too.
+qjax's own layers, and all layers inside `qjax.apply`, take the box and decode in the product.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import errors
+from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qjax.core.blockwise import quantize
+from qjax.core.config import QuantConfig
+from qjax.core.double_quant import DoubleQuant
+from qjax.core.qtensor import QTensor
+from qjax.nn.lora import LoraConfig, init_adapter
+from qjax.ops.lora import lora_weight
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("q", "lora_a", "lora_b"),
+    meta_fields=("scaling", "dropout", "names", "compute_dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class QuantBox(meta.AxisMetadata):
+    """A 4-bit kernel, where a Linen parameter tree had the float one.
+
+    Its content is `stop_gradient(q.dequantize()) + scaling * A B`. As a pytree it shows the paths
+    `kernel/q/packed`, `kernel/q/scales/...`, `kernel/lora_a` and `kernel/lora_b`.
+
+    Attributes:
+        q: the weight.
+        lora_a: [*batch, *contract, rank] float32, or None.
+        lora_b: [*batch, rank, *out] float32, or None.
+        scaling: factor of the adapter.
+        dropout: probability of dropping an element of the adapter's input.
+        names: of the kernel's logical axes, as `nn.Partitioned` has them, or None.
+        compute_dtype: that layers without a `dtype` of their own multiply in; None: as Flax would.
+    """
+
+    q: QTensor
+    lora_a: jax.Array | None = None
+    lora_b: jax.Array | None = None
+    scaling: float = 1.0
+    dropout: float = 0.0
+    names: tuple[Any, ...] | None = None
+    compute_dtype: Any = None
+
+    @property
+    def adapter(self) -> tuple[jax.Array, jax.Array] | None:
+        """A and B, if there are any."""
+        return None if self.lora_a is None or self.lora_b is None else (self.lora_a, self.lora_b)
+
+    def unbox(self) -> jax.Array:
+        """Return the kernel in its logical dtype, adapter included.
+
+        Raises:
+            ValueError: the adapter has dropout, which only `qjax.apply` can do.
+        """
+        if self.adapter is None:
+            return jax.lax.stop_gradient(self.q.dequantize())
+        if self.dropout:
+            raise ValueError(
+                f"an adapter with dropout={self.dropout} cannot be part of a decoded kernel: "
+                "call the module through qjax.apply, or inside `with qjax.fused():`"
+            )
+        return self.merged(self.q.dtype)
+
+    def merged(self, dtype: Any) -> jax.Array:
+        """Return the kernel plus its adapter in `dtype`, rounded once; dropout plays no part."""
+        w = jax.lax.stop_gradient(self.q.dequantize(jnp.float32))
+        if self.adapter is not None:
+            update = lora_weight(*self.adapter, self.q.contract_axes, len(self.q.batch_shape))
+            w = w + self.scaling * update
+        return w.astype(dtype)
+
+    def replace_boxed(self, val: Any) -> "QuantBox":
+        """Return a box whose content is `val`, quantized as this one; an adapter's B is zeroed."""
+        q = self.q
+        if isinstance(val, QTensor):
+            return dataclasses.replace(self, q=val)
+        cfg = QuantConfig(q.format, q.block_size, q.double_quant)
+        batch_ndim = val.ndim - len(q.slice_shape)
+        b = None if self.lora_b is None else jnp.zeros_like(self.lora_b)
+        new = quantize(val, cfg, q.contract_axes, batch_ndim=batch_ndim)
+        return dataclasses.replace(self, q=new, lora_b=b)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "QuantBox":
+        """Name the axis that `nn.scan` or `nn.vmap` has put in front."""
+        _check_leading(index)
+        if self.names is None:
+            return self
+        return dataclasses.replace(self, names=(self._partition_name(params), *self.names))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "QuantBox":
+        """Drop the name of the axis that `nn.scan` or `nn.vmap` goes over."""
+        _check_leading(index)
+        if self.names is None:
+            return self
+        if self.names[0] != self._partition_name(params):
+            raise ValueError(
+                f"the axis that is scanned is named {self.names[0]!r} in the kernel's "
+                f"names={self.names} and {params[meta.PARTITION_NAME]!r} in metadata_params"
+            )
+        return dataclasses.replace(self, names=self.names[1:])
+
+    def _partition_name(self, params: dict[Any, Any]) -> str:
+        if meta.PARTITION_NAME not in params:
+            raise errors.PartitioningUnspecifiedError(self)
+        return params[meta.PARTITION_NAME]
+
+    def get_partition_spec(self) -> "QuantBox":
+        """Return a box that holds a PartitionSpec for each array, from the kernel's `names`.
+
+        Codes and scales are [*batch, *out, K]: K takes the name of the first contract axis. In the
+        flat layout, whose blocks straddle rows, only batch axes are split. The second level of
+        double quantization is whole in every batch slice.
+        """
+        q = self.q
+        spec: Any = PartitionSpec  # where a box has arrays
+        names = (*(self.names or ()), *[None] * q.ndim)[: q.ndim]
+        batch, rest = names[: len(q.batch_shape)], names[len(q.batch_shape) :]
+        contract, out = [rest[i] for i in q.contract_axes], [rest[i] for i in q.out_axes]
+        codes = spec(*batch, *out, contract[0]) if q.layout == "rows" else spec(*batch, None)
+        scales = DoubleQuant(codes, spec(*batch, None), spec(*batch)) if q.double_quant else codes
+        adapter = self.lora_a is not None
+        return dataclasses.replace(
+            self,
+            q=dataclasses.replace(q, packed=codes, scales=scales),
+            lora_a=spec(*batch, *contract, None) if adapter else None,
+            lora_b=spec(*batch, None, *out) if adapter else None,
+        )
+
+    def get_sharding(self, mesh: jax.sharding.Mesh) -> "QuantBox":
+        """Return a box that holds a NamedSharding for each array."""
+        specs = self.get_partition_spec()
+        is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def box_kernel(
+    w: Any,
+    cfg: QuantConfig,
+    contract_axes: tuple[int, ...],
+    batch_ndim: int,
+    name: str,
+    *,
+    check_finite: bool = True,
+) -> QuantBox:
+    """Quantize a kernel, or an `nn.Partitioned` one, whose names the box takes over.
+
+    Args:
+        w: floating [*batch, *slice].
+        cfg: for this kernel: the overrides of its path are applied already.
+        contract_axes: of the slice.
+        batch_ndim: leading axes of stacked layers or experts.
+        name: the kernel's path, for errors.
+        check_finite: refuse NaN and inf where they can be seen.
+    """
+    names = None
+    if isinstance(w, meta.Partitioned):
+        w, names = w.value, tuple(w.names)
+    w = jnp.asarray(w) if isinstance(w, np.ndarray) else w
+    q = quantize(w, cfg, contract_axes, check_finite, batch_ndim=batch_ndim, name=name)
+    return QuantBox(q, names=names, compute_dtype=cfg.compute_dtype)
+
+
+def with_adapter(box: QuantBox, cfg: LoraConfig, key: jax.Array, name: str) -> QuantBox:
+    """Return the box with a new adapter, which changes nothing until it is trained.
+
+    The adapter of an embedding has no dropout, as in PEFT: its input is an index.
+
+    Raises:
+        ValueError: the box has an adapter already.
+    """
+    if box.lora_a is not None:
+        raise ValueError(f"{name} has an adapter already")
+    q = box.q
+    a, b = init_adapter(key, q.contract_shape, q.out_shape, cfg, q.batch_shape)
+    dropout = 0.0 if name.split("/")[-1] == "embedding" else cfg.dropout
+    return dataclasses.replace(box, lora_a=a, lora_b=b, scaling=cfg.scaling, dropout=dropout)
+
+
+def is_quant_box(leaf: Any) -> bool:
+    """Return whether a node of a parameter tree is a 4-bit kernel."""
+    return isinstance(leaf, QuantBox)
+
+
+def _check_leading(index: int) -> None:
+    if index != 0:
+        raise NotImplementedError(
+            f"4-bit kernels are stacked along axis 0, got axis {index}: "
+            "use variable_axes={'params': 0} in nn.scan or nn.vmap"
+        )
+
+
+def _to_state_dict(box: QuantBox) -> dict[str, Any]:
+    return unflatten_dict(_arrays(box))
+
+
+def _from_state_dict(box: QuantBox, state: dict[str, Any]) -> QuantBox:
+    where = flax.serialization.current_path()
+    expected, given = _arrays(box), dict[tuple[str, ...], Any](flatten_dict(state))
+    if set(expected) != set(given):
+        missing, unknown = (
+            sorted("/".join(key) for key in keys)
+            for keys in (set(expected) - set(given), set(given) - set(expected))
+        )
+        raise ValueError(f"{where}: a 4-bit kernel lacks {missing} and does not know {unknown}")
+    for key, leaf in expected.items():
+        new = given[key]
+        if np.shape(new) != np.shape(leaf) or new.dtype != leaf.dtype:
+            raise ValueError(
+                f"{where}/{'/'.join(key)} must be {leaf.dtype}{list(np.shape(leaf))}, "
+                f"got {new.dtype}{list(np.shape(new))}"
+            )
+    return jax.tree.unflatten(jax.tree.structure(box), [given[key] for key in expected])
+
+
+def _arrays(box: QuantBox) -> dict[tuple[str, ...], Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(box)
+    return {tuple(key.name for key in path): leaf for path, leaf in leaves}
+
+
+flax.serialization.register_serialization_state(QuantBox, _to_state_dict, _from_state_dict)

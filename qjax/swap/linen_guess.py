@@ -1,0 +1,103 @@
+"""How a Linen model uses each of its kernels, told from names and shapes alone.
+
+A kernel [*stacked, *contract, *features] does not say where its parts begin. What tells:
+
+- an `embedding` is [*stacked, V, D], and a kernel of rank 2 is [in, out];
+- the bias beside a kernel is [*stacked, *features];
+- a scope named `Scan...` or `Vmap...`, as Flax names lifted modules, stacks one axis, and the
+  `scale` of a norm in the same block is a vector, so that its further axes are stacked ones;
+- `query`, `key` and `value` of Flax's attention are [in, heads, dim], `out` is [heads, dim, out].
+
+A kernel for which this leaves several readings is not quantized unless the caller says more.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+from qjax.swap.linen_trace import CONVOLUTION, Use
+
+# Name -> number of feature axes of the rank-3 kernels of nn.MultiHeadDotProductAttention.
+_ATTENTION = {"query": 2, "key": 2, "value": 2, "out": 1}
+_CONV = re.compile("conv", re.IGNORECASE)
+
+
+def guess_uses(
+    shapes: Mapping[str, tuple[int, ...]], stacked: Mapping[str, int] | None = None
+) -> dict[str, Use]:
+    """Return the use of each leaf named `kernel` or `embedding`, by path.
+
+    Args:
+        shapes: of all leaves, by path.
+        stacked: number of stacked axes of some kernels, where the caller knows it.
+    """
+    split = {tuple(path.split("/")): path for path in shapes}
+    norms: dict[tuple[str, ...], list[tuple[int, ...]]] = defaultdict(list)
+    for names, path in split.items():
+        if names[-1] == "scale":
+            for depth in range(len(names)):
+                norms[names[:depth]].append(shapes[path])
+    uses = {}
+    for names, path in split.items():
+        if names[-1] in ("kernel", "embedding"):
+            bias = shapes.get("/".join((*names[:-1], "bias")))
+            uses[path] = _guess(names, shapes[path], bias, (stacked or {}).get(path), norms)
+    return uses
+
+
+def _guess(path: tuple[str, ...], shape, bias, stacked: int | None, norms) -> Use:
+    rank = len(shape)
+    if path[-1] == "embedding":
+        batch_ndim = rank - 2 if stacked is None else stacked
+        if rank - batch_ndim != 2:
+            return Use(role="embedding", problem=f"a table must be [V, D], got {list(shape)}")
+        return Use((1,), batch_ndim, "embedding")
+    layer = path[-2] if len(path) > 1 else ""
+    if _CONV.search(layer):
+        return Use(problem=CONVOLUTION)
+    readings = _readings(shape, bias, stacked)
+    if stacked is None:
+        evidence = _stacked_axes(path, shape, norms)
+        readings = [r for r in readings if evidence in (None, r[0])] or readings
+    if len(readings) > 1 and layer in _ATTENTION:
+        attention = (rank - 3, _ATTENTION[layer])
+        readings = [r for r in readings if r == attention] or readings
+    if rank > 3 and readings == [(0, 1)]:
+        return Use(problem=CONVOLUTION)  # [height, width, in, out]
+    if len(readings) != 1:
+        return Use(
+            problem=f"its shape {list(shape)} does not tell which axes are contracted or stacked; "
+            "pass module= and example_args=, or contract_axes= and batch_ndim="
+        )
+    ((batch_ndim, features),) = readings
+    return Use(tuple(range(rank - batch_ndim - features)), batch_ndim)
+
+
+def _readings(shape, bias, stacked: int | None) -> list[tuple[int, int]]:
+    """Return the pairs (stacked axes, feature axes) that leave an axis to contract."""
+    rank = len(shape)
+    pairs = [
+        (batch, features)
+        for batch in (range(rank - 1) if stacked is None else (stacked,))
+        for features in range(1, rank - batch)
+    ]
+    if bias is None:
+        return pairs
+    return [
+        (batch, features)
+        for batch, features in pairs
+        if tuple(bias) == tuple(shape[:batch]) + tuple(shape[rank - features :])
+    ]
+
+
+def _stacked_axes(path: tuple[str, ...], shape, norms) -> int | None:
+    lifted = sum(name.startswith(("Scan", "Vmap")) for name in path)
+    if lifted:
+        return lifted
+    for depth in range(len(path) - 1, -1, -1):
+        scales = norms.get(path[:depth])
+        if scales:
+            axes = {len(scale) - 1 for scale in scales}
+            same = all(scale[:-1] == tuple(shape[: len(scale) - 1]) for scale in scales)
+            return axes.pop() if len(axes) == 1 and same else None
+    return None

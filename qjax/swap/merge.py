@@ -1,0 +1,55 @@
+"""merge_lora and dequantize_model, for NNX models and for Linen parameter trees."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax.swap import nnx_merge
+
+
+def merge_lora(x: Any, dtype: Any = jnp.bfloat16) -> Any:
+    """Return x in floating point with its adapters merged: dequantize(W) + scaling * A B.
+
+    The sum is taken in float32 and rounded once to `dtype`. x itself stays as it is. Layers that
+    were never quantized and have no adapter are not touched. To go back to 4 bits, which rounds
+    again, quantize the result.
+
+    Args:
+        x: an NNX model. Its layers become Flax's own again, biases cast too.
+        dtype: of the merged weights.
+
+    Raises:
+        ValueError: nothing is quantized and nothing has an adapter.
+
+    Example:
+        >>> model = qjax.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+        >>> model = qjax.add_lora(model, qjax.LoraConfig(rank=4), rngs=nnx.Rngs(1))
+        >>> merged = merge_lora(model)
+        >>> type(merged).__name__, merged.kernel.dtype.name
+        ('Linear', 'bfloat16')
+    """
+    return nnx_merge.merge_lora(_checked(x), dtype)
+
+
+def dequantize_model(x: Any) -> Any:
+    """Return x with its 4-bit weights decoded to the dtypes that they had; x stays as it is.
+
+    Args:
+        x: an NNX model. Its adapters stay, beside float weights.
+
+    Raises:
+        ValueError: nothing is quantized.
+
+    Example:
+        >>> model = qjax.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+        >>> type(dequantize_model(model)).__name__
+        'Linear'
+    """
+    return nnx_merge.dequantize_model(_checked(x))
+
+
+def _checked(x: Any) -> nnx.Module:
+    if not isinstance(x, nnx.Module):
+        raise TypeError(f"x must be an nnx.Module, got {type(x).__name__}")
+    return x

@@ -1,0 +1,174 @@
+"""NNX surgery: the layers of a model to 4 bits, and adapters for them.
+
+A layer changes its class in place (see `qjax.nn.nnx_layer`), so every reference to it, shared ones
+too, stays good, and its float weight is freed before the next layer is touched.
+"""
+
+import math
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax.core.config import QuantConfig
+from qjax.nn.lora import LoraConfig
+from qjax.nn.nnx_embed import QuantEmbed
+from qjax.nn.nnx_layer import LoraLayer, QuantLayer, quantize_weight, stacked_ndim
+from qjax.nn.nnx_param import SKIPPED, QuantParam
+from qjax.swap.nnx_find import Found, find_layers
+from qjax.swap.policy import check_patterns, matches, skip_reason
+
+DEFAULT = QuantConfig()
+
+
+def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
+    """Quantize the dense layers of an NNX model to 4 bits, in place.
+
+    `nnx.Linear`, `LinearGeneral`, `Einsum` (so `MultiHeadAttention` too) and, where an include
+    pattern asks for it, `Embed` become `qjax.nnx` layers under the same paths. Shared layers stay
+    shared; layers stacked by `nnx.vmap` are quantized slice by slice. A subclass with code of its
+    own keeps its class and reads its weight decoded, with a warning. By default embeddings, norms,
+    routers and the output head stay in floating point; `qjax.report` says what stayed and why.
+
+    Args:
+        model: any module; its arrays may be abstract (`nnx.eval_shape`).
+        cfg: which weights and how; patterns are searched in paths such as
+            "layers/0/attn/query/kernel".
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: not an NNX module; a weight is not floating.
+        ValueError: the model has no dense layer, an include pattern matches none of them, or a
+            weight, named by path, holds NaN or inf.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu)
+        >>> model = quantize_model(model)
+        >>> model.layers[0].kernel.q.bits_per_param
+        4.140625
+    """
+    found = list(find_layers(model))
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no dense layer to quantize")
+    check_patterns(cfg, [f.weight_path for f in found], "weight of a dense layer")
+    todo = [f for f in found if not f.is_quantized]
+    reasons = _reasons(todo, cfg)
+    shared: dict[int, QuantParam] = {}
+    decoded = []
+    for f in todo:
+        if reasons[f.path]:
+            f.weight.set_metadata(SKIPPED, reasons[f.path])
+            continue
+        if not f.runs_fused:
+            decoded.append(f.weight_path)
+        _quantize(f, cfg.at(f.weight_path), shared)
+    if decoded:
+        warnings.warn(
+            "these layers have code or products of their own, and decode their whole 4-bit weight "
+            f"at each call: {', '.join(decoded)}",
+            stacklevel=2,
+        )
+    return model
+
+
+def _reasons(found: list[Found], cfg: QuantConfig) -> dict[str, str | None]:
+    """Return, for each layer's path, why its weight stays as it is, or None."""
+    reasons = {f.path: _reason(f, cfg) for f in found}
+    sharing = defaultdict(list)
+    for f in found:
+        sharing[id(f.weight)].append(f)
+    for group in sharing.values():
+        kept = [f for f in group if reasons[f.path]]
+        uses = {(f.cls, f.runs_fused) for f in group}
+        for f in group:
+            other = next((o for o in kept or group if o is not f), None)
+            if not reasons[f.path] and other and (kept or len(uses) > 1):
+                reasons[f.path] = f"shares its array with {other.weight_path}" + (
+                    ", which is kept" if kept else ", which uses it in another way"
+                )
+    return reasons
+
+
+def _reason(f: Found, cfg: QuantConfig) -> str | None:
+    try:
+        axes = f.cls.weight_axes(f.layer)
+        stacked_ndim(tuple(f.weight.shape), axes, f.weight_path)
+    except (ValueError, AttributeError) as error:  # a subclass may lack Flax's attributes
+        return skip_reason(f.weight_path, cfg) or str(error)
+    role = "embedding" if f.cls is QuantEmbed else "dense"
+    return skip_reason(f.weight_path, cfg, role=role, out_size=math.prod(axes.out_shape))
+
+
+def _quantize(f: Found, cfg: QuantConfig, shared: dict[int, QuantParam]) -> None:
+    """Quantize one layer; layers that share a variable (by id, all alive by now) still do."""
+    key = id(f.weight)
+    if key not in shared:
+        shared[key] = quantize_weight(f.layer, f.cls, cfg, name=f.weight_path)
+    weight = shared[key]
+    if f.runs_fused:
+        f.cls.convert(f.layer, cfg, weight=weight)
+    else:
+        setattr(f.layer, f.cls.weight_name, weight)
+
+
+def add_lora(
+    model: nnx.Module, cfg: LoraConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
+) -> nnx.Module:
+    """Give layers adapters, in place: `nnx.LoRAParam`s `lora_a` and `lora_b` beside the weight.
+
+    Args:
+        model: any module.
+        cfg: size, and which layers: without an include pattern every quantized one. A pattern may
+            also name dense layers that were left in floating point, such as the output head.
+        rngs: its "params" stream gives A, its "dropout" stream the masks.
+        dtype: of A and B.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: not an NNX module.
+        ValueError: no quantized layer, an include pattern that matches no dense layer, a layer that
+            has an adapter already, or one whose own code would not use it.
+
+    Example:
+        >>> model = quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+        >>> model = add_lora(model, qjax.LoraConfig(rank=4), rngs=nnx.Rngs(1))
+        >>> model.lora_a.shape, model.lora_b.shape
+        ((64, 4), (4, 8))
+    """
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}")
+    found = list(find_layers(model))
+    check_patterns(cfg, [f.path for f in found], "dense layer")
+    if cfg.include is None:
+        found = [f for f in found if isinstance(f.layer, QuantLayer)]
+        if not found:
+            raise ValueError(
+                "no layer is in 4 bits, so none takes an adapter by default: call quantize_model, "
+                "or name float layers by include="
+            )
+    else:
+        found = [f for f in found if matches(f.path, cfg.include)]
+    found = [f for f in found if not matches(f.path, cfg.exclude)]
+    for f in found:
+        _check_adapter(f)
+    for f in found:
+        if not isinstance(f.layer, LoraLayer):
+            f.layer.__class__ = f.cls.lora_class
+        f.layer.init_adapter(cfg, rngs, dtype)
+    return model
+
+
+def _check_adapter(f: Found) -> None:
+    if not f.is_own_class:
+        raise ValueError(
+            f"{f.path}: {type(f.layer).__name__} has code of its own, which would not use an "
+            "adapter; leave it out by include= or exclude="
+        )
+    if getattr(f.layer, "lora_a", None) is not None:
+        raise ValueError(f"{f.path} has an adapter already; merge_lora ends it")
