@@ -2,9 +2,9 @@
 
 python benchmarks/decode_step.py [--batch 1] [--tokens 64] [--layers 32] [--unrolled] [--double]
 
-Random NF4 weights (block 64), a bfloat16 head, a cache of 512 positions. Weights are stacked and read
-in place by a layer index inside `lax.scan`, or unrolled as separate arrays. Prints the wall time, and
-the copies of packed weights that the compiled program holds (there should be none).
+Random NF4 weights (block 64), a bfloat16 head, a cache of 512 positions. Weights are stacked and
+read in place by a layer index inside `lax.scan`, or unrolled as separate arrays. Prints the wall
+time, and the copies of packed weights that the compiled program holds (there should be none).
 """
 
 import argparse
@@ -83,7 +83,9 @@ def generate(params, cache, tokens, codebook, *, count: int, layers: int, unroll
 
             def body(x, inputs):
                 i, cache = inputs
-                return decode_layer(functools.partial(linear, params["layers"], i), x, cache, position)
+                return decode_layer(
+                    functools.partial(linear, params["layers"], i), x, cache, position
+                )
 
             x, cache = jax.lax.scan(body, x, (jnp.arange(layers), cache))
         logits = jnp.dot(norm(x), params["head"].T, preferred_element_type=jnp.float32)
@@ -123,9 +125,7 @@ def main() -> None:
     codebook = jnp.linspace(-1, 1, 16, dtype=jnp.float32)
     tokens = jnp.zeros(args.batch, jnp.int32)
 
-    run = functools.partial(
-        generate, count=args.tokens, layers=args.layers, unrolled=args.unrolled
-    )
+    run = functools.partial(generate, count=args.tokens, layers=args.layers, unrolled=args.unrolled)
     compiled = jax.jit(run).lower(params, cache, tokens, codebook).compile()
     copies = re.findall(r"= u8\[[^ ]* (?:copy|dynamic-slice|fusion)\(", compiled.as_text())
     jax.block_until_ready(compiled(params, cache, tokens, codebook))

@@ -1,11 +1,12 @@
-"""Building blocks of the Mosaic GPU kernels: registers, raw memory, mbarriers and matrix instructions.
+"""Building blocks of the Mosaic GPU kernels: registers, raw memory, barriers, matrix instructions.
 
-The kernels are written a thread at a time, as in CUDA, inside `plgpu.inline_mgpu`. Integer registers
-are `Int`; floats and packed pairs are plain MLIR values. This file is the only one that touches
-MLIR, PTX and the unstable parts of Pallas Mosaic GPU.
+The kernels are written a thread at a time, as in CUDA, inside `plgpu.inline_mgpu`. Integer
+registers are `Int`, floats are plain MLIR values. PTX and the unstable parts of Pallas Mosaic GPU
+stay in this file.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,9 +15,14 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, math, scf
-from jaxlib.mlir.dialects import vector as vector_dialect
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, scf
+from jax.extend.mlir.dialects import math as math_dialect
+from jax.extend.mlir.dialects import vector as vector_dialect
+
+# The dialects that `jax.extend` lacks.
+llvm, gpu = utils.llvm, utils.gpu
+Value = ir.Value
 
 WARP = 32
 WARPGROUP = 128
@@ -29,6 +35,16 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 )
 
 
+def device_kind() -> str:
+    """Name of the device that the current trace is for; that of an H100 when unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("gpu")[0].device_kind
+    return "NVIDIA H100 80GB HBM3"
+
+
 def multiprocessors() -> int:
     """Number of SMs of the device that the current trace is for; 132 (H100 SXM) when unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -39,22 +55,32 @@ def multiprocessors() -> int:
     return 132
 
 
+def shared_bytes(scratch: dict) -> int:
+    """Shared memory of a block that allocates these, each aligned to 1 KB."""
+    sizes = (math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in scratch.values())
+    return sum(-(-size // 1024) * 1024 for size in sizes)
+
+
 # Registers
 
 
 def i32() -> ir.Type:
+    """The type of a word."""
     return ir.IntegerType.get_signless(32)
 
 
 def i64() -> ir.Type:
+    """The type of a global address."""
     return ir.IntegerType.get_signless(64)
 
 
 def f32() -> ir.Type:
+    """The type of a float."""
     return ir.F32Type.get()
 
 
 def element_type(dtype: jax.typing.DTypeLike) -> ir.Type:
+    """The MLIR type of a JAX dtype."""
     return utils.dtype_to_ir_type(jnp.dtype(dtype))
 
 
@@ -103,9 +129,11 @@ class Int:
         return arith.cmpi(arith.CmpIPredicate.ult, *self._operands(other))
 
     def equals(self, other) -> ir.Value:
+        """Whether they are equal, as an i1 value."""
         return arith.cmpi(arith.CmpIPredicate.eq, *self._operands(other))
 
     def at_most(self, other) -> "Int":
+        """The lesser."""
         return Int(arith.minui(*self._operands(other)))
 
     def wide(self) -> "Int":
@@ -118,19 +146,23 @@ class Int:
 
 
 def thread_index() -> Int:
+    """This thread in its block."""
     return Int(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
 
 
 def block_index() -> Int:
+    """This block in the grid."""
     return Int(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
 
 def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
+    """`yes` where the condition holds, else `no`."""
     no = Int(no) if isinstance(no, int) else no
     return Int(arith.select(condition, yes.value, no.value))
 
 
 def both(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Whether two conditions hold."""
     return arith.andi(a, b)
 
 
@@ -148,7 +180,13 @@ def loop(stop: Int, carry: Sequence[ir.Value], body: Callable) -> list[ir.Value]
     return list(op.results)
 
 
+def and_or(a: Int, b: Int, c: Int) -> Int:
+    """(a & b) | c in one instruction; plain operators become two when an addition follows."""
+    return Int(_asm(i32(), [a, b, c], "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r"))
+
+
 def sync_block() -> None:
+    """Wait for all threads of the block; what they wrote before can be read."""
     gpu.barrier()
 
 
@@ -159,6 +197,7 @@ def _asm(result, operands, text, constraints, effects=False):
 
 
 def sync_warp() -> None:
+    """Wait for all lanes of the warp; what they wrote before can be read."""
     _asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", effects=True)
 
 
@@ -172,28 +211,33 @@ def shuffle(value: ir.Value, lane: Int) -> ir.Value:
 
 
 def zero() -> ir.Value:
+    """0.0."""
     return arith.constant(f32(), 0.0)
 
 
 def add(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Sum of two floats."""
     return arith.addf(a, b)
 
 
 def mul(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Product of two floats."""
     return arith.mulf(a, b)
 
 
 def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return math.fma(a, b, c)
+    """Return a * b + c, rounded once."""
+    return math_dialect.fma(a, b, c)
 
 
 def mul_then_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c with both roundings, which the compiler may not contract."""
+    """Return a * b + c with both roundings, which the compiler may not contract."""
     text = "{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }"
     return _asm(f32(), [a, b, c], text, "=f,f,f,f")
 
 
 def tree_sum(values: Sequence[ir.Value]) -> ir.Value:
+    """Sum of floats, in a fixed order."""
     values = list(values)
     while len(values) > 1:
         pairs = zip(values[0::2], values[1::2])
@@ -202,6 +246,7 @@ def tree_sum(values: Sequence[ir.Value]) -> ir.Value:
 
 
 def round_to(value: ir.Value, dtype: jax.typing.DTypeLike) -> ir.Value:
+    """A float in another dtype."""
     type_ = element_type(dtype)
     return value if type_ == value.type else arith.truncf(type_, value)
 
@@ -217,6 +262,7 @@ def pack_pair(low: ir.Value, high: ir.Value, dtype: jax.typing.DTypeLike) -> Int
 
 
 def mul_pairs(a: Int, b: Int, dtype: jax.typing.DTypeLike) -> Int:
+    """Product of two words of pairs, element by element."""
     text = f"mul.rn.{_ptx_name(dtype)}x2 $0, $1, $2;"
     return Int(_asm(i32(), [a, b], text, "=r,r,r"))
 
@@ -258,8 +304,10 @@ def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> l
     return [llvm.extractvalue(f32(), out, [i]) for i in range(4)]
 
 
-def wgmma(acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype) -> list[ir.Value]:
-    """acc[64, n] += a[64, 16 s] @ b[16 s, n] by a warpgroup, finished on return.
+def wgmma_start(
+    acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype
+) -> list[ir.Value]:
+    """Start acc[64, n] += a[64, 16 s] @ b[16 s, n] by a warpgroup; `wgmma_finish` must follow.
 
     Args:
         acc: n / 2 floats.
@@ -271,20 +319,27 @@ def wgmma(acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype)
     shape = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name}"
     first = 2 * len(acc)  # outputs, then the inputs tied to them
     sums = ", ".join(f"${i}" for i in range(len(acc)))
-    lines = [
-        "{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;",
-        f"mov.b64 b, ${first + len(a)};",
-        "wgmma.fence.sync.aligned;",
-    ]
+    lines = ["{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;", f"mov.b64 b, ${first + len(a)};"]
+    lines.append("wgmma.fence.sync.aligned;")
     for s in range(steps):
         words = ", ".join(f"${first + 4 * s + i}" for i in range(4))
         lines.append(f"{shape} {{{sums}}}, {{{words}}}, b, p, 1, 1, 0;")
         lines.append(f"add.s64 b, b, {b_step};")
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    return _tied(acc, [*a, b], "\n".join(lines), ["r"] * len(a) + ["l"])
+
+
+def wgmma_finish(acc: Sequence[ir.Value], a: Sequence[Int]) -> list[ir.Value]:
+    """Wait for `wgmma_start`; takes its `a` so that those registers are not used again before."""
+    return _tied(acc, a, "wgmma.wait_group.sync.aligned 0;", ["r"] * len(a))
+
+
+def _tied(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
+    """Inline code that reads and writes the floats `acc` in place."""
     ties = [str(i) for i in range(len(acc))]
-    constraints = ["=f"] * len(acc) + ties + ["r"] * len(a) + ["l", "~{memory}"]
+    constraints = ["=f"] * len(acc) + ties + constraints + ["~{memory}"]
     result = llvm.StructType.get_literal([f32()] * len(acc))
-    out = _asm(result, [*acc, *a, b], "\n".join(lines), ",".join(constraints), effects=True)
+    out = _asm(result, [*acc, *inputs], text, ",".join(constraints), effects=True)
     return [llvm.extractvalue(f32(), out, [i]) for i in range(len(acc))]
 
 
@@ -301,10 +356,12 @@ def matrix_descriptor(address: Int, row_step: int, group_step: int) -> Int:
 
 
 def shared_address(ref: ir.Value) -> Int:
+    """Address of a reference in shared memory."""
     return Int(llvm.ptrtoint(i32(), utils.memref_ptr(ref)))
 
 
 def global_address(ref: ir.Value) -> Int:
+    """Address of a kernel argument."""
     return Int(llvm.ptrtoint(i64(), utils.memref_ptr(ref)))
 
 
@@ -314,6 +371,7 @@ def _pointer(address: Int) -> ir.Value:
 
 
 def load_float(address: Int) -> ir.Value:
+    """Load a float."""
     return llvm.load(f32(), _pointer(address), alignment=4)
 
 
@@ -329,6 +387,7 @@ def load_floats(address: Int, count: int) -> list[ir.Value]:
 
 
 def load_word(address: Int) -> Int:
+    """Load 4 bytes."""
     return Int(llvm.load(i32(), _pointer(address), alignment=4))
 
 
@@ -339,11 +398,13 @@ def load_words(address: Int) -> list[Int]:
 
 
 def load_byte(address: Int) -> Int:
+    """Load a byte."""
     byte = llvm.load(ir.IntegerType.get_signless(8), _pointer(address), alignment=1)
     return Int(arith.extui(i32(), byte))
 
 
 def store(address: Int, value: Int | ir.Value) -> None:
+    """Store a value of any type."""
     value = value.value if isinstance(value, Int) else value
     llvm.store(value, _pointer(address), alignment=utils.bytewidth(value.type))
 
@@ -384,6 +445,7 @@ def from_vector(array: FragmentedArray) -> Int | ir.Value:
 
 
 def from_scalar(array: FragmentedArray) -> Int | ir.Value:
+    """The value of a scalar, the same in every thread."""
     return _number(array.registers.item())
 
 
@@ -400,7 +462,7 @@ def split(pair: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 class Barriers:
-    """A ring of mbarriers (8 bytes each in shared memory), each completed by one arrival and its bytes."""
+    """Mbarriers in shared memory, 8 bytes each, completed by arrivals and the bytes they expect."""
 
     def __init__(self, ref: ir.Value, count: int):
         self.ref, self.base, self.count = ref, shared_address(ref), count
@@ -414,6 +476,7 @@ class Barriers:
         _asm(None, [], "fence.mbarrier_init.release.cluster;", "~{memory}", effects=True)
 
     def address(self, slot: Int) -> Int:
+        """Address of a barrier."""
         return self.base + (slot << 3)
 
     def expect(self, slot: Int, size: Int) -> None:
@@ -422,9 +485,11 @@ class Barriers:
         _asm(None, [self.address(slot), size], text, "r,r,~{memory}", effects=True)
 
     def reference(self, slot: Int) -> utils.BarrierRef:
+        """The same for `copy_tensor`."""
         return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
 
     def wait(self, slot: Int, parity: Int) -> None:
+        """Wait for the phase of this parity (0 first) to complete."""
         text = (
             "{ .reg .pred done;\n"
             "again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n"
@@ -434,7 +499,7 @@ class Barriers:
 
 
 def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
-    """Copy `size` bytes (16-byte aligned, as both addresses) to shared memory, counted by a barrier."""
+    """Copy `size` bytes to shared memory, counted by a barrier; all in multiples of 16 bytes."""
     text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
 
@@ -475,15 +540,18 @@ def count_arrival(counter: Int) -> Int:
 # The pair table: byte value -> its two codes as a 16-bit pair
 
 
-def build_pair_table(
-    table: Int, codebook: Int, dtype: jax.typing.DTypeLike, warp: Int, warps: int, lane: Int
-) -> None:
-    """Fill the 32 KB table from the float32 codebook [16]; the caller synchronizes the block.
+def load_code(codebook: Int) -> ir.Value:
+    """This lane's entry of a codebook [16], for `build_pair_table`; loaded early, used late."""
+    return load_float(codebook + ((thread_index() & 15) << 2).wide())
+
+
+def build_pair_table(table: Int, code: ir.Value, dtype: jax.typing.DTypeLike, warps: int) -> None:
+    """Fill the 32 KB table; the caller synchronizes the block.
 
     Entry e is copied once for each lane (at 128 e + 4 lane), so that no lookup has a bank conflict.
     The high nibble, which comes first along K, is the low half of the pair.
     """
-    code = load_float(codebook + ((lane & 15) << 2).wide())
+    warp, lane = warp_and_lane(thread_index())
     for first in range(0, 256, warps):
         entry = warp + first
         pair = pack_pair(shuffle(code, entry >> 4), shuffle(code, entry & 15), dtype)
@@ -496,9 +564,9 @@ def build_pair_table(
 
 
 def decode_word(word: Int, table: Int, lane_offset: Int) -> list[Int]:
-    """The 8 codes of a packed word as 4 pairs, in the order of K."""
+    """The 8 codes of a packed word as 4 pairs, in the order of K; `lane_offset` is 4 lane."""
     shifted = [word << 7, word >> 1, word >> 9, word >> 17]
-    return [load_word(((s & 0x7F80) | lane_offset) + table) for s in shifted]
+    return [load_word(and_or(s, Int(0x7F80), lane_offset) + table) for s in shifted]
 
 
 def warp_and_lane(index: Int) -> tuple[Int, Int]:

@@ -1,4 +1,4 @@
-"""The matmul kernels under `jax.vmap`, whose own rule for a Mosaic kernel covers simple bodies only.
+"""The matmul kernels under `jax.vmap`: its own rule for a Mosaic kernel fails for most bodies.
 
 A batch of x alone is more rows of x. A batch of weights (experts) is a stack: one launch for each,
 which reads its layer in place.

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
-from pallas_kernels.matmul.config import LargeTiles, choose_large, decoded_time, large_time
+from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded_time, large_time
 from pallas_kernels.matmul.problem import Problem, describe
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
@@ -63,9 +63,8 @@ def unsupported(
     if block_size < CHUNK or block_size & (block_size - 1):
         return f"block_size is {block_size}; the kernel needs a power of two from {CHUNK}"
     if contracted % STEP or contracted < MIN_STEPS * STEP:
-        return (
-            f"{name} is {contracted}; the kernel needs a multiple of {STEP}, {MIN_STEPS * STEP} at least"
-        )
+        least = MIN_STEPS * STEP
+        return f"{name} is {contracted}; the kernel needs a multiple of {STEP}, {least} at least"
     if other % 64:
         return f"{'K' if transpose else 'N'} is {other}; the kernel needs a multiple of 64"
     return None
@@ -107,16 +106,13 @@ class Layout:
         )
         self.multipliers = tiles.outputs // 64
 
-    def slot_bytes(self) -> int:
-        return 2 * STEP * (self.tiles.outputs + self.tiles.rows) + self.rows * self.columns // 2
-
 
 def _vector(dtype):
     return plgpu.ShapeDtypeStruct((mg.WARPGROUP,), dtype, layout=VECTOR)
 
 
 class Decoder:
-    """A decoding warpgroup's view of the weight: thread t has a weight row and a part of its columns."""
+    """A decoding warpgroup: each thread has a weight row of the tile, and a part of its columns."""
 
     def __init__(self, layout: Layout):
         self.layout, self.problem = layout, layout.problem
@@ -145,7 +141,7 @@ class Decoder:
         return build(codebook_ref)
 
     def load_scales(self, refs, layer, row0, column0) -> tuple[jax.Array, ...]:
-        """What this thread's scales of a tile are made of: float32, or (code, float32) when double."""
+        """What a thread's scales of a tile are made of: float32, or (code, float32) when double."""
         double, count = self.problem.double, self.layout.scales
         types = tuple(plgpu.RefType() for _ in refs)
         result = ([_vector(jnp.int32)] if double else []) + [_vector(jnp.float32)]

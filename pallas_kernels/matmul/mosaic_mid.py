@@ -1,10 +1,10 @@
-"""Hopper matmul for small batches, 16 < M <= 128: y^T = W x^T with the weight decoded into registers.
+"""Hopper matmul for small batches, 16 < M <= 128: y^T = W x^T, W decoded into registers.
 
-A block holds 128 weight rows and one slice of K (a "slab"). Two warpgroups take 64 rows each, two more
-the same rows on the other half of each stage of 256 k. A warpgroup decodes 64 k into the registers of
-wgmma's left operand, multiplied by the scales in x's dtype; while one multiplies, others decode. x
-is the right operand in shared memory. It is reordered first, so that the 8 consecutive k of a packed
-word fall where a lane's registers need them. The last warp to finish a stage starts its next copy.
+A block holds 128 weight rows and one slice of K (a "slab"). Two warpgroups take 64 rows each, two
+more the same rows on the other half of each stage of 256 k. A warpgroup decodes 64 or 128 k into
+the registers of wgmma's left operand, multiplied by the scales in x's dtype. x is the right operand
+in shared memory. It is reordered first, so that the 8 consecutive k of a packed word fall where a
+lane's registers need them. The last warp to finish a stage starts its next copy.
 """
 
 import functools
@@ -14,13 +14,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels.matmul.config import MID_ROWS as ROWS
+from pallas_kernels.matmul.config import MID_STAGE as STAGE
 from pallas_kernels.matmul.config import MidTiles
 from pallas_kernels.matmul.mosaic_scales import TABLE_BYTES, ScaleLayout, ScaleReader
 from pallas_kernels.matmul.problem import Operands, Problem
 
-ROWS = 128  # weight rows of a block
-STAGE = 256  # k of a stage
-STEP = 64  # k that a warpgroup decodes at once
 CHUNK = 32  # k of 16 packed bytes
 WARPS = 16
 THREADS = WARPS * mg.WARP
@@ -40,13 +39,14 @@ class Layout:
         block = problem.block_size
         self.span = max(1, tiles.window // block) + (block > STAGE)
         granule = 16 if problem.double else 4  # scales in 16 bytes
-        aligned = problem.blocks % granule == 0 and STAGE // block % granule == 0
+        aligned = problem.blocks % granule == 0 and STAGE % (granule * block) == 0
         self.scales = ScaleLayout(problem, ROWS, self.span, aligned, True)
         self.scale_pitch = -(-self.span // 8) * 8 + 4  # words of a decoded row: 8 rows, 8 banks
         self.x_stage = STAGE // 8 * self.columns * 16
         self.out_columns = min(self.columns, 32 if self.columns <= 32 else 64)
 
     def scratch(self, tiles: MidTiles) -> dict:
+        """Shared memory of a block, by name."""
         ring = tiles.stages * self.x_stage // 4
         return {
             "x": plgpu.SMEM((max(ring, 2 * self.out_columns * OUT_PITCH),), jnp.int32),
@@ -60,7 +60,7 @@ class Layout:
         }
 
 
-class Block:
+class _Block:
     """One thread's view of the kernel."""
 
     def __init__(self, context, problem, tiles, layout, refs: Operands, out, scratch):
@@ -103,9 +103,7 @@ class Block:
         start += [self.first_row, place * STAGE_BYTES]
         target, shape = mg.element(self.packed, slot), (ROWS, STAGE_BYTES)
         reference = self.barriers.reference(slot)
-        mg.copy_tensor(
-            self.context, self.packed_source, target, start, shape, reference, SWIZZLE
-        )
+        mg.copy_tensor(self.context, self.packed_source, target, start, shape, reference, SWIZZLE)
 
     def window_reader(self, window: mg.Int) -> ScaleReader:
         first = (self.first_step + window * self.layout.window) * STAGE
@@ -149,42 +147,68 @@ class Block:
 
     # Products
 
-    def decode_step(self, slot: mg.Int, k: mg.Int, first_block: mg.Int, part: int) -> list[mg.Int]:
-        """The left operand of 64 k: for each 16 of them 4 words of pairs."""
+    def decode_part(self, step: mg.Int, part: int, first_block: mg.Int) -> list[mg.Int]:
+        """The left operand of this warpgroup's part of a stage: 4 words of pairs for each 16 k."""
+        slot, depth = step % self.tiles.stages, self.tiles.depth
         packed = self.packed_ring + slot * (ROWS * STAGE_BYTES)
         packed = packed + ((self.warp_row + self.group) << 7) + (self.quad << 2)
-        chunk = (self.half << 2) + 2 * part  # of a packed row
         scales = self.scales + ((self.warp_row + self.group) * self.layout.scale_pitch << 2)
+        first_k = (self.first_step + step) * STAGE + (self.half << 7) + part * depth
         words = []
-        for c in range(STEP // CHUNK):
-            offset = ((chunk + c) ^ self.group) << 4
-            column = (k + c * CHUNK) // self.problem.block_size - first_block
-            rows = []
+        for c in range(depth // CHUNK):
+            chunk = (self.half << 2) + part * (depth // CHUNK) + c  # of the packed row
+            column = (first_k + c * CHUNK) // self.problem.block_size - first_block
             for half in range(2):
-                word = mg.load_word(packed + offset + half * 8 * STAGE_BYTES)
+                place = packed + ((chunk ^ self.group) << 4) + half * 8 * STAGE_BYTES
                 scale = scales + (column << 2) + half * 8 * 4 * self.layout.scale_pitch
-                scale = mg.load_word(scale)
-                pairs = mg.decode_word(word, self.table, self.lane << 2)
-                rows.append([mg.mul_pairs(pair, scale, self.problem.dtype) for pair in pairs])
-            top, bottom = rows
-            words += [top[0], bottom[0], top[1], bottom[1], top[2], bottom[2], top[3], bottom[3]]
-        return words
+                words.append((mg.load_word(place), mg.load_word(scale)))
+        a = []
+        for top, bottom in zip(words[0::2], words[1::2]):
+            top, bottom = self.decode(*top), self.decode(*bottom)
+            a += [top[0], bottom[0], top[1], bottom[1], top[2], bottom[2], top[3], bottom[3]]
+        return a
 
-    def run_stage(self, step: mg.Int, first_block: mg.Int, acc: list) -> list:
-        slot, columns = step % self.tiles.stages, self.layout.columns
-        self.barriers.wait(slot, step // self.tiles.stages & 1)
-        for part in range(STAGE // STEP // 2):
-            k = (self.half << 7) + part * STEP  # within the stage
-            place = (self.first_step + step) * STAGE + k
-            a = self.decode_step(slot, place, first_block, part)
-            x = self.x_ring + slot * self.layout.x_stage + k * (2 * columns)
-            b = mg.matrix_descriptor(x, 16 * columns, 128)
-            acc = mg.wgmma(acc, a, b, 2 * columns, self.problem.dtype)
-        self.release(step, slot)
-        return acc
+    def decode(self, word: mg.Int, scale: mg.Int) -> list[mg.Int]:
+        pairs = mg.decode_word(word, self.table, self.lane << 2)
+        return [mg.mul_pairs(pair, scale, self.problem.dtype) for pair in pairs]
 
-    def release(self, step: mg.Int, slot: mg.Int) -> None:
+    def start_part(self, step: mg.Int, part: int, a: list[mg.Int], acc: list) -> list:
+        columns = self.layout.columns
+        k = (self.half << 7) + part * self.tiles.depth  # within the stage
+        slot = step % self.tiles.stages
+        x = self.x_ring + slot * self.layout.x_stage + k * (2 * columns)
+        b = mg.matrix_descriptor(x, 16 * columns, 128)
+        return mg.wgmma_start(acc, a, b, 2 * columns, self.problem.dtype)
+
+    def wait_stage(self, step: mg.Int) -> None:
+        self.barriers.wait(step % self.tiles.stages, step // self.tiles.stages & 1)
+
+    def run_stage(self, step: mg.Int, last: mg.Int, first_block: mg.Int, carry: list) -> list:
+        """Multiply a stage whose first part is decoded, and decode the first part of the next.
+
+        `last` is the last stage of the window: its next one is itself again, to no effect.
+        """
+        size, parts = self.layout.columns // 2, STAGE // 2 // self.tiles.depth
+        acc, a = carry[:size], [mg.Int(word) for word in carry[size:]]
+        following = (step + 1).at_most(last)
+        for part in range(parts):
+            acc = self.start_part(step, part, a, acc)
+            if not self.tiles.overlap:
+                acc = mg.wgmma_finish(acc, a)
+            if part == parts - 1:
+                self.wait_stage(following)
+                upcoming = self.decode_part(following, 0, first_block)
+            else:
+                upcoming = self.decode_part(step, part + 1, first_block)
+            if self.tiles.overlap:
+                acc = mg.wgmma_finish(acc, a)
+            a = upcoming
+        self.release(step)
+        return acc + [word.value for word in a]
+
+    def release(self, step: mg.Int) -> None:
         """Leave a stage; the last warp to do so fills it again."""
+        slot = step % self.tiles.stages
         mg.sync_warp()
         with mg.when(self.lane.equals(0)):
             counter = self.counters + (slot << 2)
@@ -203,9 +227,14 @@ class Block:
             self.copy_scales(window + 1)
         first = window * self.layout.window
         stages = (self.count - first).at_most(self.layout.window)
-        first_block = self.window_reader(window).first
-        body = lambda i, acc: self.run_stage(first + i, first_block, acc)  # noqa: E731
-        return mg.loop(stages, acc, body)
+        first_block, last = self.window_reader(window).first, first + stages - 1
+        self.wait_stage(first)
+        a = [word.value for word in self.decode_part(first, 0, first_block)]
+
+        def body(i: mg.Int, carry: list) -> list:
+            return self.run_stage(first + i, last, first_block, carry)
+
+        return mg.loop(stages, acc + a, body)[: len(acc)]
 
     # The result
 
@@ -239,7 +268,9 @@ class Block:
 
     def run(self) -> None:
         windows = (self.count + (self.layout.window - 1)) // self.layout.window
-        with mg.when(self.thread.equals(0)):
+        code = mg.load_code(self.codebook)
+        scale_table = self.reader.load_table() if self.problem.double else []
+        with mg.when(self.thread.equals(THREADS - mg.WARP)):  # not in a warp that copies scales
             self.barriers.initialize(2, [ROWS + self.problem.double])
             for i in range(self.tiles.stages):
                 mg.store(self.counters + 4 * i, mg.Int(0))
@@ -248,11 +279,10 @@ class Block:
                     self.copy_stage(mg.Int(i))
         mg.sync_block()
         self.copy_scales(mg.Int(0))
+        mg.build_pair_table(self.table, code, self.problem.dtype, WARPS)
         if self.problem.double:
             with mg.when(self.warp.equals(0)):
-                self.reader.copy_table(self.scale_table)
-        dtype = self.problem.dtype
-        mg.build_pair_table(self.table, self.codebook, dtype, self.warp, WARPS, self.lane)
+                self.reader.store_table(self.scale_table, scale_table)
         acc = [mg.zero()] * (self.layout.columns // 2)
         acc = mg.loop(windows, acc, lambda i, acc: self.run_window(i, windows, acc))
         self.write(acc)
@@ -286,7 +316,7 @@ def build(problem: Problem, tiles: MidTiles):
 
         @plgpu.inline_mgpu(arg_types=types)
         def body(context, refs, out, scratch):
-            Block(context, problem, tiles, layout, refs, out, scratch).run()
+            _Block(context, problem, tiles, layout, refs, out, scratch).run()
 
         body(refs, out, scratch)
 

@@ -1,14 +1,12 @@
 """Block scales inside a Mosaic kernel: rows of them arrive with the packed bytes, in any alignment.
 
-A row of scales is copied as the 16-byte granules that hold it, so a reader adds the row's offset in its
-first granule. Double-quantized scales arrive as codes, with the second-level values of the tile's rows;
-each warp decodes its own once and shares them through shared memory.
+A row of scales is copied as the 16-byte granules that hold it, so a reader adds the row's offset in
+its first granule. Double-quantized scales arrive as codes, with the second-level values of the
+tile's rows; each warp decodes its own once and shares them through shared memory.
 """
 
 import copy
 import dataclasses
-
-from jaxlib.mlir import ir
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.matmul.problem import Problem
@@ -42,6 +40,7 @@ class ScaleLayout:
 
     @property
     def itemsize(self) -> int:
+        """Bytes of a stored scale."""
         return 1 if self.problem.double else 4
 
     @property
@@ -60,6 +59,7 @@ class ScaleLayout:
 
     @property
     def size(self) -> int:
+        """Bytes of a tile's scales."""
         return self.rows * self.pitch + self.groups
 
 
@@ -69,7 +69,7 @@ class ScaleReader:
     `between` gives a reader for a range of blocks; columns count from its first.
     """
 
-    def __init__(self, layout: ScaleLayout, refs: list[ir.Value], layer: mg.Int):
+    def __init__(self, layout: ScaleLayout, refs: list[mg.Value], layer: mg.Int):
         """Take `Operands.scales`."""
         self.layout, self.problem = layout, layout.problem
         bases = [mg.global_address(ref) for ref in refs]
@@ -118,12 +118,17 @@ class ScaleReader:
         size = (self._group(last_row, self.count - 1) - first + 1) << 2
         return self._window(self.absmax + (first << 2).wide(), size)
 
-    def copy_table(self, table: mg.Int) -> None:
-        """By one warp: the 8-bit table, to shared memory."""
+    def load_table(self) -> list[mg.Int]:
+        """A warp's share of the 8-bit table, for `store_table`; loaded early, stored late."""
         lane = mg.thread_index() & 31
-        for first in range(0, TABLE_BYTES // 4, mg.WARP):
-            place = (lane + first) << 2
-            mg.store(table + place, mg.load_word(self.table_source + place.wide()))
+        places = range(0, TABLE_BYTES // 4, mg.WARP)
+        return [mg.load_word(self.table_source + ((lane + p) << 2).wide()) for p in places]
+
+    def store_table(self, table: mg.Int, words: list[mg.Int]) -> None:
+        """By one warp: the table to shared memory."""
+        lane = mg.thread_index() & 31
+        for i, word in enumerate(words):
+            mg.store(table + ((lane + i * mg.WARP) << 2), word)
 
     def read(self, tile: mg.Int, tile_row: mg.Int, row: mg.Int, column: mg.Int, count: int):
         """`count` float32 scales of a row from a column on, the last one again past the end."""
@@ -133,8 +138,8 @@ class ScaleReader:
         columns = [(column + i).at_most(self.count - 1) for i in range(count)]
         return [mg.load_float(address + (c << 2)) for c in columns]
 
-    def load_raw(self, tile, tile_row, row, first_row, column) -> tuple[mg.Int, ir.Value]:
-        """Code and second-level value of one double-quantized scale, from a tile's shared memory."""
+    def load_raw(self, tile, tile_row, row, first_row, column) -> tuple[mg.Int, mg.Value]:
+        """Code and second-level value of a double-quantized scale of a tile in shared memory."""
         code = mg.load_byte(tile + tile_row * self.layout.pitch + self.row_offset(row) + column)
         groups = tile + self.layout.rows * self.layout.pitch
         first = self._group(first_row, mg.Int(0))
@@ -142,7 +147,7 @@ class ScaleReader:
         group = self._group(row, column) - first + skipped
         return code, mg.load_float(groups + (group << 2))
 
-    def decode(self, raw: tuple[mg.Int, ir.Value], table: mg.Int) -> ir.Value:
+    def decode(self, raw: tuple[mg.Int, mg.Value], table: mg.Int) -> mg.Value:
         """The float32 scale, bit for bit as `decode_scales` gives it."""
         code, absmax = raw
         return mg.mul_then_add(mg.load_float(table + (code << 2)), absmax, self.offset)

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import dispatch, matmul
 from pallas_kernels.matmul import mosaic_large
-from pallas_kernels.matmul.config import LARGE_STEP_US, choose_large
+from pallas_kernels.matmul.config_large import LARGE_STEP_US, choose_large
 from tests.pallas_kernels.problems import H100, NF4, decoded, lower, weight
 
 # M, outputs, contracted, block, double, layers, dtype

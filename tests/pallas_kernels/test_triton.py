@@ -50,7 +50,7 @@ def test_matmul_agrees_with_float64(n, k, block, double, m):
 
 
 def weights_with_ties(codebook, block):
-    """Rows of ordinary values, zeros, non-finite values, exact codes, bounds and their neighbours."""
+    """Rows of ordinary and non-finite values, zeros, exact codes, bounds and their neighbours."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal((12, 4 * block)).astype(np.float32)
     w[1], w[2, 3], w[3, 4], w[4] = 0, np.nan, np.inf, w[4] * 1e-30
