@@ -1,15 +1,14 @@
 """Runs the bodies of the Mosaic matmul kernels on the CPU, all threads of a block in step.
 
-It replaces the primitives of `pallas_kernels.mosaic` by numpy: a register is an array with an element
-a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes, and a wait for a
-phase that is not complete is an error, as are accesses out of bounds. Shared memory and the output
-start as NaN. It shows wrong addresses, layouts, counts and orders of a block; it does not show races.
+It replaces the primitives of `pallas_kernels.mosaic` by numpy: a register is an array with an
+element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes, and a wait
+for a phase that is not complete is an error, as are accesses out of bounds. Shared memory and the
+output start as NaN. It shows wrong addresses, layouts and counts; it does not show races.
 """
 
 import contextlib
 import math
 
-import ml_dtypes
 import numpy as np
 
 from pallas_kernels import mosaic
@@ -393,6 +392,3 @@ def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_bl
             make_block(references, target, scratch).run()
     data = machine.globals[-1][: out.nbytes]
     return data.view(out.dtype).reshape(out.shape)
-
-
-BFLOAT16 = ml_dtypes.bfloat16
