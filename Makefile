@@ -73,7 +73,7 @@ format: $(VENV)/.stamp
 	$(BIN)/ruff format
 
 bench: $(VENV)/.stamp
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/cpu_matmul.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist demo-output .pytest_cache .ruff_cache .hypothesis

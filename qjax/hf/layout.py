@@ -18,11 +18,14 @@ class Stored(NamedTuple):
         names: the tensors, in the order of the stacked axes.
         stack: leading axes that the tensors fill (layers, experts); () for a single tensor.
         transposed: each is [out, in], for our [in, out].
+        block_axis: of a matrix as it is stored: blocks of 4-bit weights run along it. It is the
+            last, as in bitsandbytes, which turns GPT-2's [in, out] matrices first.
     """
 
     names: tuple[str, ...]
     stack: tuple[int, ...]
     transposed: bool
+    block_axis: int = 1
 
 
 def arrays(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module, str]]:
@@ -40,18 +43,19 @@ def stored(family: Family, config, path: tuple, layer: nnx.Module, leaf: str) ->
         KeyError: the family has no name for it.
     """
     template, indices, stack = _layer_axis(path, config)
+    conv1d = family.conv1d and template[0] == "layers" and leaf == "kernel"
     own = "/".join([*template, leaf])
     if own in family.names:
         name, suffix, transposed = family.names[own], "", False
     else:
         name, suffix = family.names["/".join(template)], f".{_SUFFIX[leaf]}"
-        transposed = leaf == "kernel" and not (family.conv1d and template[0] == "layers")
+        transposed = leaf == "kernel" and not conv1d
     experts = range(1)
     if "{e}" in name:
         experts, transposed = range(config.experts.count), True
         stack = (*stack, config.experts.count)
     names = tuple(name.format(i, e=e) + suffix for i in indices for e in experts)
-    return Stored(names, stack, transposed)
+    return Stored(names, stack, transposed, 0 if conv1d else 1)
 
 
 def _layer_axis(path: tuple, config) -> tuple[tuple[str, ...], range, tuple[int, ...]]:

@@ -13,9 +13,27 @@ H100 = jax.sharding.AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
 )
 # QLoRA's NF4 to 4 digits: the kernels take any 16 values.
-_LOW = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
-_HIGH = [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1]
-NF4 = np.array([*_LOW, *_HIGH], np.float32)
+NF4 = np.array(
+    [
+        -1,
+        -0.6962,
+        -0.5251,
+        -0.3949,
+        -0.2844,
+        -0.1848,
+        -0.0911,
+        0,
+        0.0796,
+        0.1609,
+        0.2461,
+        0.3379,
+        0.4407,
+        0.5626,
+        0.723,
+        1,
+    ],
+    np.float32,
+)
 
 
 def weight(n, k, block, *, double=False, layers=None, seed=0):

@@ -1,0 +1,73 @@
+"""The README's Python blocks run in order, its files exist, and its numbers are measured ones."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from qjax.core.codebook import codebook
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.slow
+def test_python_blocks_run(tmp_path, monkeypatch):
+    """One after the other in one namespace, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for number, block in enumerate(BLOCKS, 1):
+        exec(compile(block, f"README.md block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_map_names_what_exists():
+    layout = README.split("## Layout")[1].split("\n## ")[0]
+    named = re.findall(r"`([\w./]+(?:/|\.py))`", layout)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_versions_are_those_of_the_project():
+    """The README's oldest versions are pyproject.toml's lower bounds."""
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in ("jax", "flax", "optax", "orbax-checkpoint"):
+        bound = re.search(rf'"{name}>=([\d.]+)"', project)
+        assert bound is not None
+        assert f"{name} {bound[1]}" in README
+
+
+def table_rows(header: str) -> list[list[str]]:
+    """The cells of the table under a header line."""
+    lines = README.split(header)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_codebooks_are_those_of_the_code():
+    codes, nf4, fp4 = zip(*table_rows("| Code | NF4 | FP4 |"), strict=True)
+    assert list(map(int, codes)) == list(range(16))
+    np.testing.assert_array_equal(np.array(nf4, np.float32), codebook("nf4"))
+    np.testing.assert_array_equal(np.array(fp4, np.float32), codebook("fp4"))
+
+
+def test_numbers_are_the_measured_ones():
+    results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["milliseconds"]
+    measured = [
+        [f"{r['N']} x {r['K']}", str(r["M"]), *map(str, (r["qjax"], r["dequantize_then_dot"]))]
+        for r in results
+        if not r["transpose"]
+    ]
+    stated = table_rows("| W (out x in) |")
+    assert stated
+    assert [row[:4] for row in stated if row[:4] not in measured] == []
