@@ -111,12 +111,13 @@ def save_adapter(model: Pretrained, path, *, base_model: str | None = None) -> N
         raise ValueError("the model has no adapter")
     if left := {f.path for f in every} - {t.found.path for t in held.values()}:
         raise ValueError(f"PEFT has no place for the adapter of {sorted(left)[0]!r}")
-    tensors = {}
+    tensors, configs = {}, {}
     for name, (found, index) in held.items():
-        a, b = (np.asarray(p[...][index]) for p in (found.layer.lora_a, found.layer.lora_b))
+        layer: Any = found.layer
+        configs[name] = layer.lora_config
+        a, b = np.asarray(layer.lora_a[...][index]), np.asarray(layer.lora_b[...][index])
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
-    configs = {name: target.found.layer.lora_config for name, target in held.items()}
     data = _config_json(configs, set(targets)) | {
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": family(json.loads(model.config_json or "{}")).conv1d,
@@ -235,8 +236,7 @@ def _attach(found: Found, config: LoraConfig, a: np.ndarray, b: np.ndarray) -> N
     if not isinstance(layer, LoraLayer):
         layer.__class__ = found.cls.lora_class
     layer.init_adapter(config, nnx.Rngs(0))
-    layer.lora_a.set_value(jnp.asarray(a))
-    layer.lora_b.set_value(jnp.asarray(b))
+    layer.lora_a, layer.lora_b = nnx.LoRAParam(jnp.asarray(a)), nnx.LoRAParam(jnp.asarray(b))
 
 
 def _config_json(configs: Mapping[str, LoraConfig], modules: set[str]) -> dict[str, Any]:

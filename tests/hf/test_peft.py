@@ -185,5 +185,5 @@ def test_misuse_is_named(adapter, tmp_path):
     with pytest.raises(ValueError, match="has an adapter already; merge_lora ends it"):
         qjax.hf.load_adapter(model, adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no adapter_model.safetensors"):
+    with pytest.raises(ValueError, match=r"has no adapter_model.safetensors"):
         qjax.hf.load_adapter(load("llama"), adapter)
