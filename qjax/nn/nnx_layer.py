@@ -134,7 +134,7 @@ class QuantLayer(LoraLayer):
 
     lora_class: type
     compute_dtype: Any
-    dtype: Any  # this one and the next two are Flax's own
+    dtype: Any  # this and what follows are Flax's own
     promote_dtype: Any
     preferred_element_type: Any
     unsupported: tuple[str, ...] = ()  # arguments of Flax's class that replace the product

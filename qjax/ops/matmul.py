@@ -11,7 +11,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import resolve
+import pallas_kernels
 from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
@@ -175,7 +175,7 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
 
     packed = jax.ShapeDtypeStruct((out, k // 2), q.packed.dtype)
     scales = jax.eval_shape(kernel_scales, jax.tree.map(one_slice, q.scales))
-    choice = resolve(
+    choice = pallas_kernels.resolve(
         "matmul",
         implementation,
         jax.ShapeDtypeStruct((rows, out if transpose else k), dtype),

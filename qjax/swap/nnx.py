@@ -95,12 +95,13 @@ def _reasons(found: list[Found], cfg: QuantConfig) -> dict[str, str | None]:
 
 def _normalized(model: nnx.Module) -> dict[str, str | None]:
     """Return a reason for each layer whose weight a wrapper of Flax's writes at every call."""
-    wrappers = (nnx.WeightNorm, nnx.SpectralNorm)
-    inside = [m.layer_instance for _, m in nnx.iter_modules(model, graph=True) if type(m) in wrappers]
+    modules = dict(nnx.iter_modules(model, graph=True))
+    wrappers = [m for m in modules.values() if isinstance(m, nnx.WeightNorm | nnx.SpectralNorm)]
+    inside = {id(wrapper.layer_instance) for wrapper in wrappers}
     return {
         "/".join(map(str, path)): "its weight is normalized at each call"
-        for path, module in nnx.iter_modules(model, graph=True)
-        if any(module is layer for layer in inside)
+        for path, module in modules.items()
+        if id(module) in inside
     }
 
 

@@ -21,7 +21,7 @@ class Found(NamedTuple):
     """A layer whose weight qjax knows how to quantize."""
 
     path: str  # "/"-joined, of the layer
-    layer: Any
+    layer: Any  # an nnx.Module
     cls: type[QuantLayer]  # its 4-bit class
 
     @property
