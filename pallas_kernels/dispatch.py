@@ -154,8 +154,9 @@ def explain(op: str, *args: Any, implementation: str | None = None, **options: A
         >>> packed = jax.ShapeDtypeStruct((4096, 2048), "uint8")
         >>> scales = jax.ShapeDtypeStruct((4096, 64), "float32")
         >>> codebook = jax.ShapeDtypeStruct((16,), "float32")
-        >>> explain("dequantize", packed, scales, codebook, block_size=64, dtype="bfloat16")
-        'xla: XLA table lookup, on cpu'
+        >>> print(explain("dequantize", packed, scales, codebook, block_size=64, dtype="bfloat16"))
+        xla: XLA table lookup, on cpu
+        not triton (Triton kernel): it needs an NVIDIA GPU, and this is cpu
     """
     return str(resolve(op, implementation, *args, **options))
 

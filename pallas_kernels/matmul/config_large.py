@@ -31,12 +31,16 @@ LARGE_STEP_US = {
     LargeTiles(64, 128, 6, 2, None): 0.40,
 }
 _LARGE_TILE_US = 2.0  # a tile beside its steps: filling the ring, writing the result
+_TRANSPOSED = 1.1  # every step of the transposed product has scales of other rows
 
 
-def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int) -> float:
+def large_time(
+    tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int, transpose: bool = False
+) -> float:
     """Estimated microseconds of `mosaic_large`."""
     waves = math.ceil(math.ceil(outputs / tiles.outputs) * math.ceil(m / tiles.rows) / sms)
-    return waves * (contracted / 64 * LARGE_STEP_US[tiles] + _LARGE_TILE_US)
+    step = LARGE_STEP_US[tiles] * (_TRANSPOSED if transpose else 1)
+    return waves * (contracted / 64 * step + _LARGE_TILE_US)
 
 
 def choose_large(m: int, outputs: int, contracted: int, sms: int) -> LargeTiles:
@@ -47,6 +51,6 @@ def choose_large(m: int, outputs: int, contracted: int, sms: int) -> LargeTiles:
 
 def decoded_time(m: int, n: int, k: int) -> float:
     """Estimated microseconds of a decode kernel and then XLA's dot, on an H100 (SXM)."""
-    # XLA's choice of a dot kernel is poorer for small weights.
-    rate = 780e6 if n * k > 2**25 else 650e6
+    # XLA's dot of a small weight (4096 x 4096) is slow until there are many rows.
+    rate = 600e6 if n * k <= 2**25 and m < 8192 else 780e6
     return n * k * (2.5 + 4 / 64) / 2.75e6 + 2 + 2 * m * n * k / rate

@@ -75,7 +75,8 @@ def slower(x, packed, scales, codebook, *, block_size, transpose=False, layer=No
     m, n, k = x.shape[0], packed.shape[-2], 2 * packed.shape[-1]
     outputs, contracted = (k, n) if transpose else (n, k)
     sms = mg.multiprocessors()
-    here = large_time(choose_large(m, outputs, contracted, sms), m, outputs, contracted, sms)
+    tiles = choose_large(m, outputs, contracted, sms)
+    here = large_time(tiles, m, outputs, contracted, sms, transpose)
     there = decoded_time(m, n, k)
     if here <= there:
         return None
