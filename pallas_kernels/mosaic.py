@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 from jax.extend.mlir.dialects import math as math_dialect
+from jax.extend.mlir.dialects import vector as vector_dialect
 
 # The dialects that `jax.extend` lacks.
 llvm, gpu = utils.llvm, utils.gpu
@@ -264,6 +267,31 @@ def mul_pairs(a: Int, b: Int, dtype: jax.typing.DTypeLike) -> Int:
     return Int(_asm(i32(), [a, b], text, "=r,r,r"))
 
 
+def permute(a: Int, b: Int, selector: Int) -> Int:
+    """The 4 bytes of (a, b) that the nibbles of `selector` number, lowest first."""
+    return Int(_asm(i32(), [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"))
+
+
+def decode_permuted(word: Int, planes: Sequence[Int]) -> list[Int]:
+    """The 8 codes of a packed word as 4 pairs, in the order of K, without memory.
+
+    `planes` are the 16 codes' high bytes, then low bytes, 4 in a word. A permutation selects by 3
+    bits of each nibble out of 8 bytes, so two of them and the nibble's top bit find one of 16.
+    """
+    index = word & 0x77777777
+    choose = ((word >> 1) & 0x44444444) | 0x32103210
+    pairs = []
+    for shift in (0, 16):
+        low_bits, top_bits = index >> shift, choose >> shift
+        high, low = (
+            permute(permute(p[0], p[1], low_bits), permute(p[2], p[3], low_bits), top_bits)
+            for p in (planes[:4], planes[4:])
+        )
+        # The high nibble of a byte comes first along K.
+        pairs += [permute(low, high, Int(0x4051)), permute(low, high, Int(0x6273))]
+    return pairs
+
+
 def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> list[ir.Value]:
     """One m16n8k16 step: acc (4 floats) + a (4 words of pairs) x b (2 words of pairs)."""
     name = _ptx_name(dtype)
@@ -379,6 +407,55 @@ def store(address: Int, value: Int | ir.Value) -> None:
     """Store a value of any type."""
     value = value.value if isinstance(value, Int) else value
     llvm.store(value, _pointer(address), alignment=utils.bytewidth(value.type))
+
+
+def store_words(address: Int, words: Sequence[Int]) -> None:
+    """Store 4 consecutive words, 16-byte aligned."""
+    vector = llvm.mlir_undef(ir.VectorType.get((4,), i32()))
+    for i, word in enumerate(words):
+        vector = llvm.insertelement(vector, word.value, Int(i).value)
+    llvm.store(vector, _pointer(address), alignment=16)
+
+
+def store_matrices_transposed(row: Int, words: Sequence[Int]) -> None:
+    """Store four 8 x 8 matrices of 16-bit values, held as mma fragments, transposed.
+
+    Lane 8 i + j gives the shared address of row j (16 bytes) of the stored matrix i.
+    """
+    text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
+    _asm(None, [row, *words], text, "r,r,r,r,r,~{memory}", effects=True)
+
+
+# Values that Pallas carries between inlined bodies
+
+
+def to_vector(value: Int | ir.Value, layout: plgpu.Layout) -> FragmentedArray:
+    """An array with one element a thread, in a strided layout of vector size 1."""
+    value = value.value if isinstance(value, Int) else value
+    vector = vector_dialect.from_elements(ir.VectorType.get((1,), value.type), [value])
+    signed = False if isinstance(value.type, ir.IntegerType) else None
+    registers = np.full((1,), vector, dtype=object)
+    return FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
+
+
+def from_vector(array: FragmentedArray) -> Int | ir.Value:
+    """This thread's element of such an array."""
+    [vector] = array.registers.flat
+    return _number(vector_dialect.extract(vector, [], [0]))
+
+
+def from_scalar(array: FragmentedArray) -> Int | ir.Value:
+    """The value of a scalar, the same in every thread."""
+    return _number(array.registers.item())
+
+
+def _number(value: ir.Value) -> Int | ir.Value:
+    return Int(value) if isinstance(value.type, ir.IntegerType) else value
+
+
+def split(pair: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The elements of a vector of two."""
+    return tuple(vector_dialect.extract(pair, [], [i]) for i in range(2))
 
 
 # Asynchronous copies
