@@ -2,8 +2,9 @@
 
 An op has several backends, each in a module that is imported when it is first considered. A
 backend module holds a function with the op's name and `unsupported`, which takes the same
-arguments and returns why they cannot run, or None. Only shapes and dtypes are looked at, so the
-choice is made while tracing, and `jax.ShapeDtypeStruct`s will do to ask about it.
+arguments and returns why they cannot run, or None. It may have `slower`, alike: why a later backend
+is the better choice for them, which counts only while none is named. Shapes and dtypes alone are
+looked at, so the choice is made while tracing, and `jax.ShapeDtypeStruct`s will do to ask about it.
 """
 
 import functools
@@ -27,15 +28,23 @@ class Backend(NamedTuple):
     summary: str
 
 
-_XLA_DEQUANTIZE = Backend("xla", "pallas_kernels.dequantize.xla", "XLA table lookup")
-_XLA_MATMUL = Backend("xla", "pallas_kernels.matmul.xla", "XLA decode, then dot")
-_XLA_QUANTIZE = Backend("xla", "pallas_kernels.quantize.xla", "XLA")
+_FUSED = Backend("mosaic_gpu", "pallas_kernels.matmul.mosaic_gpu", "Hopper kernels for few rows")
+_LARGE = Backend("mosaic_gpu", "pallas_kernels.matmul.mosaic_large", "Hopper kernel for many rows")
+_TRITON = Backend("triton", "pallas_kernels.matmul.triton", "Triton kernel for few rows")
+_DECODED = Backend("triton", "pallas_kernels.matmul.decoded", "Triton decode kernel, then XLA dot")
+_XLA = Backend("xla", "pallas_kernels.matmul.xla", "XLA decode, then dot")
 
 # Fastest first. The last backend of each op runs everywhere.
 _BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "matmul": (_XLA_MATMUL,),
-    "dequantize": (_XLA_DEQUANTIZE,),
-    "quantize": (_XLA_QUANTIZE,),
+    "matmul": (_FUSED, _LARGE, _TRITON, _DECODED, _XLA),
+    "dequantize": (
+        Backend("triton", "pallas_kernels.dequantize.triton", "Triton kernel"),
+        Backend("xla", "pallas_kernels.dequantize.xla", "XLA table lookup"),
+    ),
+    "quantize": (
+        Backend("triton", "pallas_kernels.quantize.triton", "Triton kernel"),
+        Backend("xla", "pallas_kernels.quantize.xla", "XLA"),
+    ),
 }
 
 
@@ -99,6 +108,14 @@ def _unsupported_device(implementation: str, where: Target) -> str | None:
     return None
 
 
+def _unsupported(backend: Backend, automatic: bool, args: tuple, options: dict) -> str | None:
+    module = importlib.import_module(backend.module)
+    why = module.unsupported(*args, **options)
+    if why is None and automatic and hasattr(module, "slower"):
+        return module.slower(*args, **options)
+    return why
+
+
 def resolve(op: str, implementation: str | None, *args: Any, **options: Any) -> Resolution:
     """Choose the backend of `op` ("matmul", "dequantize" or "quantize") for these arguments.
 
@@ -122,7 +139,7 @@ def resolve(op: str, implementation: str | None, *args: Any, **options: Any) -> 
         if implementation is not None and backend.implementation != implementation:
             continue
         why = _unsupported_device(backend.implementation, where)
-        why = why or importlib.import_module(backend.module).unsupported(*args, **options)
+        why = why or _unsupported(backend, implementation is None, args, options)
         if why is None:
             return Resolution(backend, where, tuple(rejected))
         rejected.append((backend, why))
@@ -137,8 +154,9 @@ def explain(op: str, *args: Any, implementation: str | None = None, **options: A
         >>> packed = jax.ShapeDtypeStruct((4096, 2048), "uint8")
         >>> scales = jax.ShapeDtypeStruct((4096, 64), "float32")
         >>> codebook = jax.ShapeDtypeStruct((16,), "float32")
-        >>> explain("dequantize", packed, scales, codebook, block_size=64, dtype="bfloat16")
-        'xla: XLA table lookup, on cpu'
+        >>> print(explain("dequantize", packed, scales, codebook, block_size=64, dtype="bfloat16"))
+        xla: XLA table lookup, on cpu
+        not triton (Triton kernel): it needs an NVIDIA GPU, and this is cpu
     """
     return str(resolve(op, implementation, *args, **options))
 

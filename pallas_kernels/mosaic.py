@@ -1,19 +1,28 @@
-"""Building blocks of the Mosaic GPU kernels: registers, raw memory, mbarriers and matrix instructions.
+"""Building blocks of the Mosaic GPU kernels: registers, raw memory, barriers, matrix instructions.
 
-The kernels are written a thread at a time, as in CUDA, inside `plgpu.inline_mgpu`. Integer registers
-are `Int`; floats and packed pairs are plain MLIR values. This file is the only one that touches
-MLIR, PTX and the unstable parts of Pallas Mosaic GPU.
+The kernels are written a thread at a time, as in CUDA, inside `plgpu.inline_mgpu`. Integer
+registers are `Int`, floats are plain MLIR values. PTX and the unstable parts of Pallas Mosaic GPU
+stay in this file.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, math, scf
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, scf
+from jax.extend.mlir.dialects import math as math_dialect
+from jax.extend.mlir.dialects import vector as vector_dialect
+
+# The dialects that `jax.extend` lacks.
+llvm, gpu = utils.llvm, utils.gpu
+Value = ir.Value
 
 WARP = 32
 WARPGROUP = 128
@@ -26,6 +35,16 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 )
 
 
+def device_kind() -> str:
+    """Name of the device that the current trace is for; that of an H100 when unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind
+    with contextlib.suppress(RuntimeError):
+        return jax.devices("gpu")[0].device_kind
+    return "NVIDIA H100 80GB HBM3"
+
+
 def multiprocessors() -> int:
     """Number of SMs of the device that the current trace is for; 132 (H100 SXM) when unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -36,22 +55,32 @@ def multiprocessors() -> int:
     return 132
 
 
+def shared_bytes(scratch: dict) -> int:
+    """Shared memory of a block that allocates these, each aligned to 1 KB."""
+    sizes = (math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in scratch.values())
+    return sum(-(-size // 1024) * 1024 for size in sizes)
+
+
 # Registers
 
 
 def i32() -> ir.Type:
+    """The type of a word."""
     return ir.IntegerType.get_signless(32)
 
 
 def i64() -> ir.Type:
+    """The type of a global address."""
     return ir.IntegerType.get_signless(64)
 
 
 def f32() -> ir.Type:
+    """The type of a float."""
     return ir.F32Type.get()
 
 
 def element_type(dtype: jax.typing.DTypeLike) -> ir.Type:
+    """The MLIR type of a JAX dtype."""
     return utils.dtype_to_ir_type(jnp.dtype(dtype))
 
 
@@ -100,30 +129,40 @@ class Int:
         return arith.cmpi(arith.CmpIPredicate.ult, *self._operands(other))
 
     def equals(self, other) -> ir.Value:
+        """Whether they are equal, as an i1 value."""
         return arith.cmpi(arith.CmpIPredicate.eq, *self._operands(other))
 
     def at_most(self, other) -> "Int":
+        """The lesser."""
         return Int(arith.minui(*self._operands(other)))
 
     def wide(self) -> "Int":
         """Zero-extend to 64 bits."""
         return Int(arith.extui(i64(), self.value))
 
+    def narrow(self) -> "Int":
+        """The low 32 bits."""
+        return Int(arith.trunci(i32(), self.value))
+
 
 def thread_index() -> Int:
+    """This thread in its block."""
     return Int(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x)))
 
 
 def block_index() -> Int:
+    """This block in the grid."""
     return Int(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
 
 def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
+    """`yes` where the condition holds, else `no`."""
     no = Int(no) if isinstance(no, int) else no
     return Int(arith.select(condition, yes.value, no.value))
 
 
 def both(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Whether two conditions hold."""
     return arith.andi(a, b)
 
 
@@ -141,7 +180,13 @@ def loop(stop: Int, carry: Sequence[ir.Value], body: Callable) -> list[ir.Value]
     return list(op.results)
 
 
+def and_or(a: Int, b: Int, c: Int) -> Int:
+    """(a & b) | c in one instruction; plain operators become two when an addition follows."""
+    return Int(_asm(i32(), [a, b, c], "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r"))
+
+
 def sync_block() -> None:
+    """Wait for all threads of the block; what they wrote before can be read."""
     gpu.barrier()
 
 
@@ -152,6 +197,7 @@ def _asm(result, operands, text, constraints, effects=False):
 
 
 def sync_warp() -> None:
+    """Wait for all lanes of the warp; what they wrote before can be read."""
     _asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", effects=True)
 
 
@@ -165,28 +211,33 @@ def shuffle(value: ir.Value, lane: Int) -> ir.Value:
 
 
 def zero() -> ir.Value:
+    """0.0."""
     return arith.constant(f32(), 0.0)
 
 
 def add(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Sum of two floats."""
     return arith.addf(a, b)
 
 
 def mul(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Product of two floats."""
     return arith.mulf(a, b)
 
 
 def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return math.fma(a, b, c)
+    """Return a * b + c, rounded once."""
+    return math_dialect.fma(a, b, c)
 
 
 def mul_then_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c with both roundings, which the compiler may not contract."""
+    """Return a * b + c with both roundings, which the compiler may not contract."""
     text = "{ .reg .f32 t; mul.rn.f32 t, $1, $2; add.rn.f32 $0, t, $3; }"
     return _asm(f32(), [a, b, c], text, "=f,f,f,f")
 
 
 def tree_sum(values: Sequence[ir.Value]) -> ir.Value:
+    """Sum of floats, in a fixed order."""
     values = list(values)
     while len(values) > 1:
         pairs = zip(values[0::2], values[1::2])
@@ -195,6 +246,7 @@ def tree_sum(values: Sequence[ir.Value]) -> ir.Value:
 
 
 def round_to(value: ir.Value, dtype: jax.typing.DTypeLike) -> ir.Value:
+    """A float in another dtype."""
     type_ = element_type(dtype)
     return value if type_ == value.type else arith.truncf(type_, value)
 
@@ -210,8 +262,34 @@ def pack_pair(low: ir.Value, high: ir.Value, dtype: jax.typing.DTypeLike) -> Int
 
 
 def mul_pairs(a: Int, b: Int, dtype: jax.typing.DTypeLike) -> Int:
+    """Product of two words of pairs, element by element."""
     text = f"mul.rn.{_ptx_name(dtype)}x2 $0, $1, $2;"
     return Int(_asm(i32(), [a, b], text, "=r,r,r"))
+
+
+def permute(a: Int, b: Int, selector: Int) -> Int:
+    """The 4 bytes of (a, b) that the nibbles of `selector` number, lowest first."""
+    return Int(_asm(i32(), [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"))
+
+
+def decode_permuted(word: Int, planes: Sequence[Int]) -> list[Int]:
+    """The 8 codes of a packed word as 4 pairs, in the order of K, without memory.
+
+    `planes` are the 16 codes' high bytes, then low bytes, 4 in a word. A permutation selects by 3
+    bits of each nibble out of 8 bytes, so two of them and the nibble's top bit find one of 16.
+    """
+    index = word & 0x77777777
+    choose = ((word >> 1) & 0x44444444) | 0x32103210
+    pairs = []
+    for shift in (0, 16):
+        low_bits, top_bits = index >> shift, choose >> shift
+        high, low = (
+            permute(permute(p[0], p[1], low_bits), permute(p[2], p[3], low_bits), top_bits)
+            for p in (planes[:4], planes[4:])
+        )
+        # The high nibble of a byte comes first along K.
+        pairs += [permute(low, high, Int(0x4051)), permute(low, high, Int(0x6273))]
+    return pairs
 
 
 def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> list[ir.Value]:
@@ -226,14 +304,64 @@ def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> l
     return [llvm.extractvalue(f32(), out, [i]) for i in range(4)]
 
 
+def wgmma_start(
+    acc: Sequence[ir.Value], a: Sequence[Int], b: Int, b_step: int, dtype
+) -> list[ir.Value]:
+    """Start acc[64, n] += a[64, 16 s] @ b[16 s, n] by a warpgroup; `wgmma_finish` must follow.
+
+    Args:
+        acc: n / 2 floats.
+        a: 4 words of pairs for each of the s steps of 16 k.
+        b: the matrix descriptor of the first step, in shared memory.
+        b_step: what a step adds to the descriptor.
+    """
+    n, steps, name = 2 * len(acc), len(a) // 4, _ptx_name(dtype)
+    shape = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name}"
+    first = 2 * len(acc)  # outputs, then the inputs tied to them
+    sums = ", ".join(f"${i}" for i in range(len(acc)))
+    lines = ["{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;", f"mov.b64 b, ${first + len(a)};"]
+    lines.append("wgmma.fence.sync.aligned;")
+    for s in range(steps):
+        words = ", ".join(f"${first + 4 * s + i}" for i in range(4))
+        lines.append(f"{shape} {{{sums}}}, {{{words}}}, b, p, 1, 1, 0;")
+        lines.append(f"add.s64 b, b, {b_step};")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    return _tied(acc, [*a, b], "\n".join(lines), ["r"] * len(a) + ["l"])
+
+
+def wgmma_finish(acc: Sequence[ir.Value], a: Sequence[Int]) -> list[ir.Value]:
+    """Wait for `wgmma_start`; takes its `a` so that those registers are not used again before."""
+    return _tied(acc, a, "wgmma.wait_group.sync.aligned 0;", ["r"] * len(a))
+
+
+def _tied(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
+    """Inline code that reads and writes the floats `acc` in place."""
+    ties = [str(i) for i in range(len(acc))]
+    constraints = ["=f"] * len(acc) + ties + constraints + ["~{memory}"]
+    result = llvm.StructType.get_literal([f32()] * len(acc))
+    out = _asm(result, [*acc, *inputs], text, ",".join(constraints), effects=True)
+    return [llvm.extractvalue(f32(), out, [i]) for i in range(len(acc))]
+
+
+def matrix_descriptor(address: Int, row_step: int, group_step: int) -> Int:
+    """A wgmma operand in shared memory, as blocks of 8 rows of 16 bytes without swizzle.
+
+    `row_step` is the bytes between blocks along k, `group_step` between those of 8 rows.
+    """
+    constant = (row_step >> 4 << 16) | (group_step >> 4 << 32)
+    return (address >> 4 & 0x3FFF).wide() + constant
+
+
 # Memory: a 32-bit address is in the shared window, a 64-bit one is global.
 
 
 def shared_address(ref: ir.Value) -> Int:
+    """Address of a reference in shared memory."""
     return Int(llvm.ptrtoint(i32(), utils.memref_ptr(ref)))
 
 
 def global_address(ref: ir.Value) -> Int:
+    """Address of a kernel argument."""
     return Int(llvm.ptrtoint(i64(), utils.memref_ptr(ref)))
 
 
@@ -243,6 +371,7 @@ def _pointer(address: Int) -> ir.Value:
 
 
 def load_float(address: Int) -> ir.Value:
+    """Load a float."""
     return llvm.load(f32(), _pointer(address), alignment=4)
 
 
@@ -258,6 +387,7 @@ def load_floats(address: Int, count: int) -> list[ir.Value]:
 
 
 def load_word(address: Int) -> Int:
+    """Load 4 bytes."""
     return Int(llvm.load(i32(), _pointer(address), alignment=4))
 
 
@@ -268,32 +398,85 @@ def load_words(address: Int) -> list[Int]:
 
 
 def load_byte(address: Int) -> Int:
+    """Load a byte."""
     byte = llvm.load(ir.IntegerType.get_signless(8), _pointer(address), alignment=1)
     return Int(arith.extui(i32(), byte))
 
 
 def store(address: Int, value: Int | ir.Value) -> None:
+    """Store a value of any type."""
     value = value.value if isinstance(value, Int) else value
     llvm.store(value, _pointer(address), alignment=utils.bytewidth(value.type))
+
+
+def store_words(address: Int, words: Sequence[Int]) -> None:
+    """Store 4 consecutive words, 16-byte aligned."""
+    vector = llvm.mlir_undef(ir.VectorType.get((4,), i32()))
+    for i, word in enumerate(words):
+        vector = llvm.insertelement(vector, word.value, Int(i).value)
+    llvm.store(vector, _pointer(address), alignment=16)
+
+
+def store_matrices_transposed(row: Int, words: Sequence[Int]) -> None:
+    """Store four 8 x 8 matrices of 16-bit values, held as mma fragments, transposed.
+
+    Lane 8 i + j gives the shared address of row j (16 bytes) of the stored matrix i.
+    """
+    text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
+    _asm(None, [row, *words], text, "r,r,r,r,r,~{memory}", effects=True)
+
+
+# Values that Pallas carries between inlined bodies
+
+
+def to_vector(value: Int | ir.Value, layout: plgpu.Layout) -> FragmentedArray:
+    """An array with one element a thread, in a strided layout of vector size 1."""
+    value = value.value if isinstance(value, Int) else value
+    vector = vector_dialect.from_elements(ir.VectorType.get((1,), value.type), [value])
+    signed = False if isinstance(value.type, ir.IntegerType) else None
+    registers = np.full((1,), vector, dtype=object)
+    return FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
+
+
+def from_vector(array: FragmentedArray) -> Int | ir.Value:
+    """This thread's element of such an array."""
+    [vector] = array.registers.flat
+    return _number(vector_dialect.extract(vector, [], [0]))
+
+
+def from_scalar(array: FragmentedArray) -> Int | ir.Value:
+    """The value of a scalar, the same in every thread."""
+    return _number(array.registers.item())
+
+
+def _number(value: ir.Value) -> Int | ir.Value:
+    return Int(value) if isinstance(value.type, ir.IntegerType) else value
+
+
+def split(pair: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The elements of a vector of two."""
+    return tuple(vector_dialect.extract(pair, [], [i]) for i in range(2))
 
 
 # Asynchronous copies
 
 
 class Barriers:
-    """A ring of mbarriers (8 bytes each in shared memory), each completed by one arrival and its bytes."""
+    """Mbarriers in shared memory, 8 bytes each, completed by arrivals and the bytes they expect."""
 
     def __init__(self, ref: ir.Value, count: int):
-        self.base, self.count = shared_address(ref), count
+        self.ref, self.base, self.count = ref, shared_address(ref), count
 
-    def initialize(self, arrivals: int = 1) -> None:
-        """By one thread; the caller then synchronizes the threads that use them."""
-        for i in range(self.count):
-            text = f"mbarrier.init.shared::cta.b64 [$0], {arrivals};"
+    def initialize(self, arrivals: int, last: Sequence[int] = ()) -> None:
+        """By one thread; the others synchronize with it. `last`: arrivals of the last barriers."""
+        arrivals = [arrivals] * (self.count - len(last)) + list(last)
+        for i, count in enumerate(arrivals):
+            text = f"mbarrier.init.shared::cta.b64 [$0], {count};"
             _asm(None, [self.base + 8 * i], text, "r,~{memory}", effects=True)
         _asm(None, [], "fence.mbarrier_init.release.cluster;", "~{memory}", effects=True)
 
     def address(self, slot: Int) -> Int:
+        """Address of a barrier."""
         return self.base + (slot << 3)
 
     def expect(self, slot: Int, size: Int) -> None:
@@ -301,11 +484,12 @@ class Barriers:
         text = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
         _asm(None, [self.address(slot), size], text, "r,r,~{memory}", effects=True)
 
-    def arrive(self, slot: Int) -> None:
-        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
-        _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
+    def reference(self, slot: Int) -> utils.BarrierRef:
+        """The same for `copy_tensor`."""
+        return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
 
     def wait(self, slot: Int, parity: Int) -> None:
+        """Wait for the phase of this parity (0 first) to complete."""
         text = (
             "{ .reg .pred done;\n"
             "again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n"
@@ -315,23 +499,59 @@ class Barriers:
 
 
 def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
-    """Copy `size` bytes (16-byte aligned, as both addresses) to shared memory, counted by a barrier."""
+    """Copy `size` bytes to shared memory, counted by a barrier; all in multiples of 16 bytes."""
     text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
+
+
+def copy_tensor(
+    context, source: ir.Value, target: ir.Value, place: Sequence[Int], shape, barrier, swizzle: int
+) -> None:
+    """By one thread: copy a box of a kernel argument; zeros where it passes the end.
+
+    The box starts at `place`; leading dimensions that `shape` lacks are indices. It brings its own
+    arrival to the barrier.
+    """
+    index = ir.IndexType.get()
+    starts = [arith.index_castui(index, p.value) for p in place]
+    lead = len(starts) - len(shape)
+    window = [utils.DynamicSlice(s, size) for s, size in zip(starts[lead:], shape)]
+    context.async_copy(
+        src_ref=source,
+        dst_ref=target,
+        gmem_slice=(*starts[:lead], *window),
+        barrier=barrier,
+        swizzle=swizzle,
+        predicate=None,
+    )
+
+
+def element(ref: ir.Value, i: Int) -> ir.Value:
+    """The slice ref[i] of a reference in shared memory."""
+    return utils.memref_slice(ref, arith.index_castui(ir.IndexType.get(), i.value))
+
+
+def count_arrival(counter: Int) -> Int:
+    """Add one to a shared counter and give its earlier value, ordering what came before."""
+    text = "atom.acq_rel.cta.shared.add.u32 $0, [$1], 1;"
+    return Int(_asm(i32(), [counter], text, "=r,r,~{memory}", effects=True))
 
 
 # The pair table: byte value -> its two codes as a 16-bit pair
 
 
-def build_pair_table(
-    table: Int, codebook: Int, dtype: jax.typing.DTypeLike, warp: Int, warps: int, lane: Int
-) -> None:
-    """Fill the 32 KB table from the float32 codebook [16]; the caller synchronizes the block.
+def load_code(codebook: Int) -> ir.Value:
+    """This lane's entry of a codebook [16], for `build_pair_table`; loaded early, used late."""
+    return load_float(codebook + ((thread_index() & 15) << 2).wide())
+
+
+def build_pair_table(table: Int, code: ir.Value, dtype: jax.typing.DTypeLike, warps: int) -> None:
+    """Fill the 32 KB table; the caller synchronizes the block.
 
     Entry e is copied once for each lane (at 128 e + 4 lane), so that no lookup has a bank conflict.
     The high nibble, which comes first along K, is the low half of the pair.
     """
-    code = load_float(codebook + ((lane & 15) << 2).wide())
+    warp, lane = warp_and_lane(thread_index())
     for first in range(0, 256, warps):
         entry = warp + first
         pair = pack_pair(shuffle(code, entry >> 4), shuffle(code, entry & 15), dtype)
@@ -344,9 +564,9 @@ def build_pair_table(
 
 
 def decode_word(word: Int, table: Int, lane_offset: Int) -> list[Int]:
-    """The 8 codes of a packed word as 4 pairs, in the order of K."""
+    """The 8 codes of a packed word as 4 pairs, in the order of K; `lane_offset` is 4 lane."""
     shifted = [word << 7, word >> 1, word >> 9, word >> 17]
-    return [load_word(((s & 0x7F80) | lane_offset) + table) for s in shifted]
+    return [load_word(and_or(s, Int(0x7F80), lane_offset) + table) for s in shifted]
 
 
 def warp_and_lane(index: Int) -> tuple[Int, Int]:

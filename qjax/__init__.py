@@ -21,6 +21,8 @@ from qjax.swap.merge import dequantize_model as dequantize_model
 from qjax.swap.merge import merge_lora as merge_lora
 from qjax.swap.nnx import add_lora as add_lora
 from qjax.swap.nnx import quantize_model as quantize_model
+from qjax.swap.report import memory_footprint as memory_footprint
+from qjax.swap.report import report as report
 from qjax.train import combine as combine
 from qjax.train import lora_mask as lora_mask
 from qjax.train import lora_optimizer as lora_optimizer

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -139,10 +140,15 @@ def test_something_else_there(tmp_path):
             qjax.load(tmp_path / name)
 
 
-def edit(path, change) -> None:
-    """Rewrite the JSON of a checkpoint."""
+def edit(path, change, checksum: bool = True) -> None:
+    """Rewrite the JSON of a checkpoint, as someone would who knows of its checksum."""
     obj = json.loads((path / MARKER).read_text())
-    change(obj["custom_metadata"]["qjax"])
+    header = obj["custom_metadata"]["qjax"]
+    header.pop("crc32")
+    old = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    change(header)
+    new = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    header.setdefault("crc32", new if checksum else old)
     (path / MARKER).write_text(json.dumps(obj))
 
 
@@ -154,12 +160,19 @@ def test_a_newer_format_is_refused(copy):
         qjax.load(copy)
 
 
+def test_a_changed_number_in_the_metadata(copy):
+    edit(copy, lambda q: q["scalings"].update({"dense": 3.0}), checksum=False)
+    with pytest.raises(ValueError, match="the qjax metadata are damaged: their CRC-32 is not"):
+        qjax.load(copy)
+
+
 LEAF, Q = "dense/lora_a", "dense/kernel"
 TAMPERED = {
     "qjax.format_version must be positive": lambda q: q.update(format_version=0),
     "qjax.format_version has the wrong type: '1'": lambda q: q.update(format_version="1"),
     "qjax.format_version has the wrong type: True": lambda q: q.update(format_version=True),
     "qjax.format_version is missing": lambda q: q.pop("format_version"),
+    "qjax.crc32 has the wrong type": lambda q: q.update(crc32="0"),
     "qjax has unknown fields ..code": lambda q: q.update(code="import os"),
     "qjax.kind must be one of": lambda q: q.update(kind="torch"),
     "qjax.only must be one of": lambda q: q.update(only="base"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.check import check_weight
+from pallas_kernels.matmul.batching import with_vmap
 from pallas_kernels.scales import DoubleQuantScales
 
 
@@ -53,14 +54,14 @@ def matmul(
     contracted, letter = (rows, "N") if transpose else (columns, "K")
     if x.ndim != 2 or x.shape[1] != contracted:
         raise ValueError(f"x must be [M, {letter}] = [M, {contracted}] and has shape {x.shape}")
-    return dispatch.run(
-        "matmul",
-        implementation,
-        x,
-        packed,
-        scales,
-        codebook,
-        block_size=block_size,
-        transpose=transpose,
-        layer=layer,
-    )
+    how = {"block_size": block_size, "transpose": transpose}
+    args = x, packed, scales, codebook
+
+    def product(x, packed, scales, codebook, layer):
+        args = x, packed, scales, codebook
+        return dispatch.run("matmul", implementation, *args, **how, layer=layer)
+
+    choice = dispatch.resolve("matmul", implementation, *args, **how, layer=layer)
+    if choice.implementation == "xla":
+        return product(*args, layer)
+    return with_vmap(product, *args, layer)

@@ -10,7 +10,7 @@ from pallas_kernels.scales import DoubleQuantScales
 
 
 class Operands(NamedTuple):
-    """The arrays of one call; `scales` is flat: (scales,) or (codes, absmax, offset, table, origin)."""
+    """The arrays of a call; `scales` is (scales,) or (codes, absmax, offset, table, origin)."""
 
     x: jax.Array
     packed: jax.Array
@@ -56,7 +56,7 @@ def describe(
     block_size: int,
     layer: jax.Array | None,
 ) -> tuple[Problem, Operands]:
-    """Split a call into its static part and its arrays (shapes as `mosaic_gpu.matmul` states them)."""
+    """Split a call into its static part and its arrays; shapes as in `mosaic_gpu.matmul`."""
     (m, k), n = x.shape, packed.shape[-2]
     stacked = layer is not None
     layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)

@@ -21,6 +21,7 @@ TILE = 4096  # weights a program
 NUM_WARPS = 4
 MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 _BINS_PER_UNIT = tuple(2**i for i in range(3, 12))
+_INFINITY = 0x7F800000  # its bits; those of NaN are larger
 _ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves the rounded value in the low bits
 
 
@@ -109,7 +110,9 @@ def _kernel(w_ref, bound_ref, code_ref, packed_ref, absmax_ref, *, bins, top, in
     largest = jnp.max(jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF, axis=1)
     absmax = jax.lax.bitcast_convert_type(largest, jnp.float32)
     plt.store(absmax_ref.at[row], absmax, mask=row < blocks)
-    scale = jnp.where(largest == 0, np.float32(1), jnp.maximum(absmax, SMALLEST_SCALE))
+    # Triton's maximum of NaN and a number is the number; NaN must stay.
+    scale = jnp.where(largest > _INFINITY, absmax, jnp.maximum(absmax, SMALLEST_SCALE))
+    scale = jnp.where(largest == 0, np.float32(1), scale)
     s = x * _reciprocal(scale, interpret)[:, None]
     nan = s != s
     # The float32 sum has round(s * bins) in its low bits; the mask keeps NaN inside the table.

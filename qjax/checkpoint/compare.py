@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, Sharding
 
 from qjax.checkpoint.header import Header, LeafInfo, key_dtype, statics
 from qjax.checkpoint.tree import Named
@@ -28,10 +29,13 @@ def check_base(target: Named) -> None:
 def compare(header: Header, target: Named) -> None:
     """Raise ValueError at the first difference: the leaf, what `target` needs, what is stored."""
     same_names("in the checkpoint", header.leaves, "in `like`", target.leaves)
-    found, expected = header.qtensors, target.qtensors
+    found, expected = header.marks.qtensors, target.marks.qtensors
     same_names("a QTensor in the checkpoint", found, "one in `like`", expected)
     for name, q in expected.items():
         _same_fields(name, statics(q), statics(found[name]))
+    for name, scaling in target.marks.scalings.items():
+        stored = header.marks.scalings.get(name, scaling)  # an nnx.State does not know its scalings
+        _same_fields(name, {"scaling": scaling}, {"scaling": stored})
     for name, leaf in target.leaves.items():
         _same_array(name, leaf, header.leaves[name])
 
@@ -70,18 +74,24 @@ def _same_array(name: str, leaf: Any, found: LeafInfo) -> None:
         raise ValueError(f"{name}: expected {expected}, found {found}")
 
 
-def placement(name: str, leaf: Any) -> jax.sharding.Sharding | None:
+def placement(name: str, leaf: Any) -> Sharding | None:
     """Return the sharding of a leaf, None for wherever JAX would put it.
 
     Raises:
-        ValueError: the sharding does not divide the shape.
+        ValueError: the sharding does not divide the shape, or is on an abstract mesh while no mesh
+            is set.
     """
     committed = isinstance(leaf, jax.Array) and leaf.committed
-    if not committed and not isinstance(leaf, jax.ShapeDtypeStruct):
-        return None
-    if leaf.sharding is not None:
+    sharding = leaf.sharding if committed or isinstance(leaf, jax.ShapeDtypeStruct) else None
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
+        # What is traced inside `jax.set_mesh` knows the mesh's axes and not its devices.
+        mesh = jax.sharding.get_mesh()
+        if mesh.abstract_mesh != sharding.mesh:
+            raise ValueError(f"{name} is on an abstract mesh: load inside jax.set_mesh(mesh)")
+        sharding = NamedSharding(mesh, sharding.spec)
+    if sharding is not None:
         try:
-            leaf.sharding.shard_shape(leaf.shape)
+            sharding.shard_shape(leaf.shape)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return leaf.sharding
+    return sharding

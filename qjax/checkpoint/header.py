@@ -6,17 +6,21 @@ field that is not known is an error.
 
 import dataclasses
 import functools
+import json
 import math
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.checkpoint.tree import check_part
+from qjax.checkpoint.fields import check_fields, dtype_of, entries, get, integers, one_of, short
+from qjax.checkpoint.tree import Marks
 from qjax.core.codebook import CODEBOOKS
 from qjax.core.config import BLOCK_SIZES
 from qjax.core.qtensor import QTensor
+from qjax.nn.linen_box import QuantBox
 
 FORMAT_VERSION = 1
 STATIC_FIELDS = ("slice_shape", "dtype", "format", "block_size", "contract_axes", "layout")
@@ -50,23 +54,26 @@ class Header:
         kind: "nnx" or "params", what was saved.
         only: "adapters", or None for everything.
         leaves: name -> LeafInfo.
-        qtensors: name -> QTensor without arrays.
+        marks: QTensors and boxes without arrays, and the adapters' scalings.
     """
 
     kind: str
     only: str | None
     leaves: dict[str, LeafInfo]
-    qtensors: dict[str, QTensor]
+    marks: Marks
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
-        return {
+        obj = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
             "only": self.only,
             "leaves": {name: _leaf_to_json(leaf) for name, leaf in self.leaves.items()},
-            "qtensors": {name: _qtensor_to_json(q) for name, q in self.qtensors.items()},
+            "qtensors": {name: _qtensor_to_json(q) for name, q in self.marks.qtensors.items()},
+            "boxes": {name: _box_to_json(box, name) for name, box in self.marks.boxes.items()},
+            "scalings": self.marks.scalings,
         }
+        return {**obj, "crc32": _checksum(obj)}
 
     @classmethod
     def from_json(cls, obj: Any) -> "Header":
@@ -76,7 +83,7 @@ class Header:
             ValueError: a newer format version, or a field that is missing, unknown or out of range;
                 the field is named.
         """
-        version = _get(obj, "format_version", int, "qjax")
+        version = get(obj, "format_version", int, "qjax")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"format version {version} is newer than this qjax reads ({FORMAT_VERSION}): "
@@ -84,13 +91,26 @@ class Header:
             )
         if version < 1:
             raise ValueError(f"qjax.format_version must be positive, got {version}")
-        _fields(obj, {"format_version", "kind", "only", "leaves", "qtensors"}, "qjax")
+        crc32 = get(obj, "crc32", int, "qjax")
+        obj = {key: value for key, value in obj.items() if key != "crc32"}
+        if crc32 != _checksum(obj):
+            raise ValueError(f"the qjax metadata are damaged: their CRC-32 is not {crc32}")
+        known = {"format_version", "kind", "only", "leaves", "qtensors", "boxes", "scalings"}
+        check_fields(obj, known, "qjax")
         return cls(
-            kind=_one_of(obj, "kind", ("nnx", "params"), "qjax"),
-            only=_one_of(obj, "only", (None, "adapters"), "qjax"),
-            leaves=_named(obj, "leaves", _leaf_from_json),
-            qtensors=_named(obj, "qtensors", _qtensor_from_json),
+            kind=one_of(obj, "kind", ("nnx", "params"), "qjax"),
+            only=one_of(obj, "only", (None, "adapters"), "qjax"),
+            leaves=entries(obj, "leaves", _leaf_from_json),
+            marks=Marks(
+                entries(obj, "qtensors", _qtensor_from_json),
+                entries(obj, "boxes", _box_from_json),
+                entries(obj, "scalings", _scaling_from_json),
+            ),
         )
+
+
+def _checksum(obj: Any) -> int:
+    return zlib.crc32(json.dumps(obj, sort_keys=True).encode())
 
 
 def statics(q: QTensor) -> dict[str, Any]:
@@ -111,12 +131,12 @@ def _leaf_to_json(leaf: LeafInfo) -> dict[str, Any]:
 
 
 def _leaf_from_json(obj: Any, where: str) -> LeafInfo:
-    _fields(obj, {"dtype", "shape", "crc32", "prng"}, where)
-    crc32 = _get(obj, "crc32", (int, type(None)), where)
+    check_fields(obj, {"dtype", "shape", "crc32", "prng"}, where)
+    crc32 = get(obj, "crc32", (int, type(None)), where)
     if crc32 is not None and not 0 <= crc32 < 2**32:
         raise ValueError(f"{where}.crc32 must be in [0, 2**32), got {crc32}")
-    prng = _get(obj, "prng", str, where) if "prng" in obj else None
-    info = LeafInfo(_dtype(obj, where), _integers(obj, "shape", where), crc32, prng)
+    prng = get(obj, "prng", str, where) if "prng" in obj else None
+    info = LeafInfo(dtype_of(obj, where), integers(obj, "shape", where), crc32, prng)
     if prng is not None:
         try:
             key_dtype(info)
@@ -136,9 +156,9 @@ def _qtensor_to_json(q: QTensor) -> dict[str, Any]:
 
 
 def _qtensor_from_json(obj: Any, where: str) -> QTensor:
-    _fields(obj, set(STATIC_FIELDS), where)
-    slice_shape = _integers(obj, "slice_shape", where)
-    axes = _integers(obj, "contract_axes", where)
+    check_fields(obj, set(STATIC_FIELDS), where)
+    slice_shape = integers(obj, "slice_shape", where)
+    axes = integers(obj, "contract_axes", where)
     if not axes or list(axes) != sorted(set(axes)) or axes[-1] >= len(slice_shape):
         raise ValueError(
             f"{where}.contract_axes must be ascending axes of slice_shape={list(slice_shape)}, "
@@ -146,7 +166,7 @@ def _qtensor_from_json(obj: Any, where: str) -> QTensor:
         )
     if math.prod(slice_shape) == 0:
         raise ValueError(f"{where}.slice_shape must not be empty, got {list(slice_shape)}")
-    dtype = _dtype(obj, where)
+    dtype = dtype_of(obj, where)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{where}.dtype must be floating, got {dtype.name}")
     absent: Any = None
@@ -155,71 +175,47 @@ def _qtensor_from_json(obj: Any, where: str) -> QTensor:
         scales=absent,
         slice_shape=slice_shape,
         dtype=dtype,
-        format=_one_of(obj, "format", tuple(CODEBOOKS), where),
-        block_size=_one_of(obj, "block_size", BLOCK_SIZES, where),
+        format=one_of(obj, "format", tuple(CODEBOOKS), where),
+        block_size=one_of(obj, "block_size", BLOCK_SIZES, where),
         contract_axes=axes,
-        layout=_one_of(obj, "layout", ("rows", "flat"), where),
+        layout=one_of(obj, "layout", ("rows", "flat"), where),
     )
 
 
-# --- reading JSON
+def _box_to_json(box: QuantBox, name: str) -> dict[str, Any]:
+    if not _are_names(box.names):
+        raise TypeError(f"{name}: names of axes must be strings, got {box.names}")
+    return {
+        "dropout": float(box.dropout),
+        "names": None if box.names is None else list(box.names),
+        "compute_dtype": None if box.compute_dtype is None else jnp.dtype(box.compute_dtype).name,
+    }
 
 
-def _fields(obj: Any, known: set[str], where: str) -> None:
-    if not isinstance(obj, dict):
-        raise ValueError(f"{where} must be an object, got {_short(obj)}")
-    unknown = sorted(set(obj) - known)
-    if unknown:
-        raise ValueError(f"{where} has unknown fields {unknown[:5]}")
+def _box_from_json(obj: Any, where: str) -> QuantBox:
+    check_fields(obj, {"dropout", "names", "compute_dtype"}, where)
+    dropout = get(obj, "dropout", (int, float), where)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}.dropout must be in [0, 1), got {dropout}")
+    names = get(obj, "names", (list, type(None)), where)
+    if not _are_names(names):
+        raise ValueError(f"{where}.names must hold strings, got {short(names)}")
+    if names is not None:
+        names = tuple(tuple(axis) if isinstance(axis, list) else axis for axis in names)
+    compute_dtype = get(obj, "compute_dtype", (str, type(None)), where)
+    if compute_dtype is not None:
+        compute_dtype = dtype_of(obj, where, "compute_dtype")
+    absent: Any = None
+    return QuantBox(absent, dropout=dropout, names=names, compute_dtype=compute_dtype)
 
 
-def _get(obj: Any, key: str, types, where: str) -> Any:
-    if not isinstance(obj, dict):
-        raise ValueError(f"{where} must be an object, got {_short(obj)}")
-    if key not in obj:
-        raise ValueError(f"{where}.{key} is missing")
-    value = obj[key]
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise ValueError(f"{where}.{key} has the wrong type: {_short(value)}")
-    return value
+def _are_names(names: Any) -> bool:
+    """Return whether these can be a kernel's names: for each axis None, a string, or several."""
+    axes = [axis if isinstance(axis, tuple | list) else (axis or "",) for axis in names or ()]
+    return all(isinstance(name, str) for axis in axes for name in axis)
 
 
-def _one_of(obj: Any, key: str, values: tuple, where: str) -> Any:
-    value = _get(obj, key, tuple({type(v) for v in values}), where)
-    if value not in values:
-        raise ValueError(f"{where}.{key} must be one of {list(values)}, got {_short(value)}")
-    return value
-
-
-def _integers(obj: Any, key: str, where: str) -> tuple[int, ...]:
-    values = _get(obj, key, list, where)
-    if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(
-            f"{where}.{key} must hold integers that are not negative, {_short(values)}"
-        )
-    return tuple(values)
-
-
-def _dtype(obj: Any, where: str) -> np.dtype:
-    name = _get(obj, "dtype", str, where)
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError:
-        dtype = None
-    # By its full name: numpy would also take "f4" or "f4,f4", and "O" for objects.
-    if dtype is None or dtype.name != name or dtype.hasobject or dtype.fields:
-        raise ValueError(f"{where}.dtype is no dtype of an array: {_short(name)}")
-    return dtype
-
-
-def _named(obj: Any, key: str, read) -> dict[str, Any]:
-    table = _get(obj, key, dict, "qjax")
-    for name in table:
-        for part in name.split("/") if name else ():
-            check_part(part, name)
-    return {name: read(value, f"qjax.{key}[{name!r}]") for name, value in table.items()}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+def _scaling_from_json(obj: Any, where: str) -> float:
+    if not isinstance(obj, float) or not 0 < obj < math.inf:
+        raise ValueError(f"{where} must be a positive number, got {short(obj)}")
+    return obj

@@ -1,6 +1,5 @@
 """load: everything is compared before an array is read, and checked before anything is built."""
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -12,14 +11,11 @@ import numpy as np
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
+from qjax.checkpoint.assemble import assemble
 from qjax.checkpoint.compare import check_base, compare, placement, same_names
 from qjax.checkpoint.header import Header, LeafInfo
-from qjax.checkpoint.saving import checksum
+from qjax.checkpoint.saving import OLD_SUFFIX, checksum
 from qjax.checkpoint.tree import flatten, named, nest
-from qjax.core.double_quant import DoubleQuant
-from qjax.core.qtensor import QTensor
-
-_DOUBLE = tuple(field.name for field in dataclasses.fields(DoubleQuant))
 
 
 def load(path: str | os.PathLike, like: Any = None) -> Any:
@@ -50,10 +46,10 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
     """
     path = pathlib.Path(path).absolute()
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
+        raise FileNotFoundError(f"there is no checkpoint at {path}{_leftover(path)}")
     header = _read_header(path)
     if like is None:
-        return _nested(header, _restore(path, header, {}))
+        return assemble(header.marks, _as_jax(_restore(path, header, {})))
     target = named(like)
     try:
         if header.only == "adapters":
@@ -67,6 +63,11 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
     return target.rebuild(
         {name: _like(arrays.pop(name), leaf) for name, leaf in target.leaves.items()}
     )
+
+
+def _leftover(path: pathlib.Path) -> str:
+    old = path.with_name(path.name + OLD_SUFFIX)
+    return f"; a save with overwrite=True ended early and left {old}" if old.exists() else ""
 
 
 def _read_header(path: pathlib.Path) -> Header:
@@ -103,23 +104,9 @@ def _check_stored(header: Header, stored: Mapping[str, Any]) -> None:
         found = LeafInfo(np.dtype(leaf.dtype), tuple(leaf.shape))
         if str(found) != str(info):
             raise ValueError(f"{name}: expected {info} by the metadata, found {found} stored")
-    abstract = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in header.leaves.items()}
-    for name in header.qtensors:
-        _qtensor(header, name, abstract).check(name)
     nest(header.leaves)
-
-
-def _qtensor(header: Header, name: str, leaves: Mapping[str, Any]) -> QTensor:
-    """Put a QTensor together from its leaves."""
-    prefix = _prefix(name)
-    parts = {n.removeprefix(prefix): leaf for n, leaf in leaves.items() if n.startswith(prefix)}
-    names = (["packed", "scales"], ["packed", *(f"scales/{part}" for part in sorted(_DOUBLE))])
-    if sorted(parts) not in names:
-        raise ValueError(f"{name}: a QTensor is {names[0]} or {names[1]}, found {sorted(parts)}")
-    scales = parts.get("scales")
-    if scales is None:
-        scales = DoubleQuant(**{part: parts[f"scales/{part}"] for part in _DOUBLE})
-    return dataclasses.replace(header.qtensors[name], packed=parts["packed"], scales=scales)
+    shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in header.leaves.items()}
+    assemble(header.marks, shapes)  # checks each QTensor's fields against its arrays
 
 
 def _restore(
@@ -163,22 +150,15 @@ def _like(array: Any, leaf: Any) -> Any:
     return array if isinstance(leaf, np.ndarray) else jnp.asarray(array)
 
 
-def _nested(header: Header, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Return nested dicts of JAX arrays and QTensors."""
+def _as_jax(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Put numpy arrays on the default device; 64-bit ones that JAX would cut stay as they are."""
     for name, array in arrays.items():
-        # A 64-bit array stays numpy's where JAX would cut it to 32 bits.
-        if header.leaves[name].dtype == jax.dtypes.canonicalize_dtype(header.leaves[name].dtype):
+        if (
+            isinstance(array, np.ndarray)
+            and jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+        ):
             arrays[name] = jnp.asarray(array)
-    for name in header.qtensors:
-        q = _qtensor(header, name, arrays)
-        for part in [n for n in arrays if n.startswith(_prefix(name))]:
-            del arrays[part]
-        arrays[name] = q
-    return arrays[""] if "" in arrays else nest(arrays)
-
-
-def _prefix(name: str) -> str:
-    return f"{name}/" if name else ""
+    return arrays
 
 
 def _first_line(error: Exception) -> str:

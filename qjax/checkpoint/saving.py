@@ -18,7 +18,9 @@ from orbax.checkpoint import v1 as ocp
 from qjax.checkpoint.header import Header, LeafInfo
 from qjax.checkpoint.tree import Named, named, nest
 
-_NEW, _OLD, _UNFINISHED = ".qjax-new", ".qjax-old", ".orbax-checkpoint-tmp"
+# What the folder of a save that replaces another is called until it does, and the other after it.
+NEW_SUFFIX, OLD_SUFFIX = ".qjax-new", ".qjax-old"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's own
 # Orbax writes it last. (`ocp.is_orbax_checkpoint` also says yes to folders of other things.)
 _MARKER = "_CHECKPOINT_METADATA"
 
@@ -68,7 +70,7 @@ def save_async(
     path = pathlib.Path(path).absolute()
     arrays, header = _read(x, only)
     replaces = _check_target(path, overwrite)
-    target = path.with_name(path.name + _NEW) if replaces else path
+    target = path.with_name(path.name + NEW_SUFFIX) if replaces else path
     with _clean_on_failure(target):
         pending = ocp.save_async(
             str(target),
@@ -96,7 +98,7 @@ def _read(x: Any, only: str | None) -> tuple[dict[str, Any], Header]:
     if not tree.leaves:
         what = "adapters, so none can be saved" if only else "leaves"
         raise ValueError(f"x has no {what}")
-    for name, q in tree.qtensors.items():
+    for name, q in tree.marks.qtensors.items():
         q.check(name)
     stored = {name: _stored(leaf, name) for name, leaf in tree.leaves.items()}
     return {name: array for name, (array, _) in stored.items()}, _header(tree, only, stored)
@@ -107,7 +109,7 @@ def _header(tree: Named, only: str | None, stored: dict) -> Header:
         name: LeafInfo(np.dtype(array.dtype), tuple(array.shape), checksum(array), prng)
         for name, (array, prng) in stored.items()
     }
-    return Header(tree.kind, only, leaves, tree.qtensors)
+    return Header(tree.kind, only, leaves, tree.marks)
 
 
 def _stored(leaf: Any, name: str) -> tuple[Any, str | None]:
@@ -160,7 +162,7 @@ def _swap(new: pathlib.Path, path: pathlib.Path) -> None:
     Orbax's own overwriting deletes first. Here both are complete until the last line; a crash
     between the two renames leaves the old one under its other name.
     """
-    old = path.with_name(path.name + _OLD)
+    old = path.with_name(path.name + OLD_SUFFIX)
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     new.rename(path)

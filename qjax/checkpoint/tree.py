@@ -1,7 +1,7 @@
 """A model or tree as named leaves, and back again.
 
-A name is the "/"-joined path of a leaf. NNX variables do not show in it: the `kernel` of the first
-of `layers` is `layers/0/kernel`, so that names are those of the model's attributes.
+A name is the "/"-joined path of a leaf. Variables of NNX and partitioned boxes of Linen do not show
+in it: the `kernel` of the first of `layers` is `layers/0/kernel`, as in the model's attributes.
 """
 
 import dataclasses
@@ -10,10 +10,31 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import meta
 from jax.tree_util import keystr
 
 from qjax.core.qtensor import QTensor
+from qjax.nn.linen_box import QuantBox
+from qjax.nn.nnx_layer import LoraLayer
 from qjax.train import ADAPTER_NAMES
+
+# What holds one array, or one QTensor, in its attribute `value`.
+_WRAPPERS = (nnx.Variable, meta.Partitioned)
+
+
+@dataclasses.dataclass
+class Marks:
+    """What a tree knows beside its leaves, by path.
+
+    Attributes:
+        qtensors: path -> QTensor; the static fields matter.
+        boxes: path -> QuantBox; the static fields matter.
+        scalings: path of what holds lora_a and lora_b -> factor of the adapter.
+    """
+
+    qtensors: dict[str, QTensor] = dataclasses.field(default_factory=dict)
+    boxes: dict[str, QuantBox] = dataclasses.field(default_factory=dict)
+    scalings: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +44,14 @@ class Named:
     Attributes:
         leaves: name -> array, `jax.ShapeDtypeStruct` or Python number, in the tree's own order.
         adapters: names of those that belong to adapters.
-        qtensors: name -> QTensor.
+        marks: what else there is to know.
         kind: "nnx" or "params".
         rebuild: makes the same model or tree from a dict like `leaves`.
     """
 
     leaves: dict[str, Any]
     adapters: frozenset[str]
-    qtensors: dict[str, QTensor]
+    marks: Marks
     kind: str
     rebuild: Callable[[Mapping[str, Any]], Any]
 
@@ -41,7 +62,8 @@ class Named:
             return self.rebuild({**self.leaves, **leaves})
 
         leaves = {name: leaf for name, leaf in self.leaves.items() if name in self.adapters}
-        return dataclasses.replace(self, leaves=leaves, qtensors={}, rebuild=rebuild)
+        marks = Marks(scalings=self.marks.scalings)
+        return dataclasses.replace(self, leaves=leaves, marks=marks, rebuild=rebuild)
 
 
 def named(x: Any) -> Named:
@@ -50,15 +72,18 @@ def named(x: Any) -> Named:
     Raises:
         ValueError: x is a single leaf, or two leaves would have one name.
     """
-    kind, tree, finish = "params", x, lambda tree: tree
-    if isinstance(x, nnx.Module):
+    kind, tree, finish, marks = "params", x, lambda tree: tree, Marks()
+    if _holds_modules(x):
         graphdef, tree = nnx.split(x)
         kind, finish = "nnx", lambda state: nnx.merge(graphdef, state)
+        for path, module in nnx.iter_modules(x):
+            if isinstance(module, LoraLayer) and module.lora_config is not None:
+                marks.scalings["/".join(map(str, path))] = float(module.lora_config.scaling)
     elif isinstance(x, nnx.State):
         kind = "nnx"
     structure = jax.tree.structure(tree)
-    leaves, adapters, qtensors = {}, set(), {}
-    for path, leaf, adapter in _walk(tree, (), qtensors):
+    leaves, adapters = {}, set()
+    for path, leaf, adapter in _walk(tree, (), marks):
         name = _join(path)
         if name in leaves:
             raise ValueError(f"two leaves of the tree have the name {name!r}")
@@ -69,28 +94,42 @@ def named(x: Any) -> Named:
     def rebuild(new):
         return finish(jax.tree.unflatten(structure, [new[name] for name in leaves]))
 
-    return Named(leaves, frozenset(adapters), qtensors, kind, rebuild)
+    return Named(leaves, frozenset(adapters), marks, kind, rebuild)
 
 
-def _walk(
-    tree, path: tuple[str, ...], qtensors: dict
-) -> Iterator[tuple[tuple[str, ...], Any, bool]]:
+def _holds_modules(x: Any) -> bool:
+    """Return whether x is or holds an NNX module, optimizer or the like."""
+    nodes = jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, nnx.Pytree))
+    return any(isinstance(node, nnx.Pytree) for node in nodes)
+
+
+def _walk(tree: Any, path: tuple[str, ...], marks: Marks) -> Iterator[tuple[tuple, Any, bool]]:
     """Yield path, leaf and whether it is an adapter's, in the order of `jax.tree.leaves`."""
-    if isinstance(tree, QTensor) and jax.tree.leaves(tree):
-        qtensors["/".join(path)] = tree
+    _mark(tree, "/".join(path), marks)
 
-    def is_leaf(node):
-        return node is not tree and isinstance(node, nnx.Variable | QTensor)
+    def is_node(node):
+        return node is not tree and isinstance(node, (*_WRAPPERS, QTensor, QuantBox))
 
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
-        if isinstance(tree, nnx.Variable):
-            keys = keys[1:]  # its attribute `value`
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]:
+        if isinstance(tree, _WRAPPERS):
+            keys = keys[1:]
         inner = (*path, *(keystr((key,), simple=True) for key in keys))
-        if is_leaf(node):
-            yield from _walk(node, inner, qtensors)
+        if is_node(leaf):
+            yield from _walk(leaf, inner, marks)
         else:
-            adapter = isinstance(tree, nnx.LoRAParam) or inner[-1:] in {(n,) for n in ADAPTER_NAMES}
-            yield inner, node, adapter
+            adapter = isinstance(tree, nnx.LoRAParam) or "".join(inner[-1:]) in ADAPTER_NAMES
+            yield inner, leaf, adapter
+
+
+def _mark(node: Any, name: str, marks: Marks) -> None:
+    # One whose arrays are in the other half of a partitioned tree is not there.
+    if isinstance(node, QTensor) and jax.tree.leaves(node):
+        marks.qtensors[name] = node
+    if isinstance(node, QuantBox):
+        if jax.tree.leaves(node.q):
+            marks.boxes[name] = node
+        if node.adapter is not None:
+            marks.scalings[name] = float(node.scaling)
 
 
 def _join(path: tuple[str, ...]) -> str:

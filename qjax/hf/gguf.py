@@ -1,11 +1,14 @@
 """A GGUF file of llama.cpp: the model's sizes from its metadata, tensors decoded one at a time."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from qjax.core.qtensor import QTensor
 from qjax.hf.extras import require
 from qjax.hf.families.llama import LLAMA
 from qjax.models import ModelConfig, RopeConfig
@@ -35,9 +38,12 @@ class GGUFFile:
         dtype: "float32": whatever the file stores, tensors are decoded to it.
         family: a Llama with the names of GGUF.
         tensors: names of the weights.
+        data, bnb, packed: nothing: a GGUF file has neither config.json nor weights of bitsandbytes.
     """
 
     dtype = "float32"
+    data = bnb = None
+    packed: Mapping[str, frozenset[str]] = MappingProxyType({})
     family = dataclasses.replace(LLAMA, names=_LLAMA_NAMES)
 
     def __init__(self, path: Path):
@@ -60,6 +66,10 @@ class GGUFFile:
             c = self.config
             return _half_rotation(weight, c.num_attention_heads if query else c.num_key_value_heads)
         return weight
+
+    def read_packed(self, name: str) -> QTensor:
+        """Never called: there is nothing in `packed`."""
+        raise KeyError(name)
 
     def _decode(self, name: str) -> np.ndarray:
         tensor = self._stored[name]

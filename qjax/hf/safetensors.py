@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qjax.core.qtensor import QTensor
+from qjax.hf.bitsandbytes import packed_weights, read_int8, read_qtensor
+from qjax.hf.bnb_config import BnbConfig, read_bnb_config
 from qjax.hf.families import Family, family
 
 _INDEX = "model.safetensors.index.json"
@@ -20,22 +23,33 @@ class SafetensorsFolder:
         config: what the model looks like.
         family: the family that config.json names.
         dtype: name of the dtype that config.json declares.
-        tensors: tensor name, as the family spells it -> the file that holds it.
+        data: the whole config.json.
+        bnb: its `quantization_config`, or None.
+        tensors: names of the weights, as the family spells them.
+        packed: those that are 4-bit weights of bitsandbytes -> the tensors of each.
     """
 
     def __init__(self, folder: Path):
         data = read_json(folder / "config.json")
+        self.bnb: BnbConfig | None = None
         if data.get("quantization_config"):
-            method = data["quantization_config"].get("quant_method")
-            raise NotImplementedError(
-                f"{folder}: quantization_config with quant_method={method!r} is not read yet; "
-                "load the float checkpoint"
-            )
+            where = f"{folder / 'config.json'}: quantization_config"
+            self.bnb = read_bnb_config(data["quantization_config"], where)
+        self.data = data
         self.path = folder
         self.family: Family = family(data)
         files = _tensor_files(folder)
         self._stored = {_today(name, self.family, files): name for name in files}
-        self.tensors = {name: files[old] for name, old in self._stored.items()}
+        self._files = {name: files[old] for name, old in self._stored.items()}
+        try:
+            self.packed = packed_weights(self._stored)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        parts = {part for name, parts in self.packed.items() for part in parts - {name}}
+        int8 = {name.removesuffix(".SCB") for name in self._stored if name.endswith(".SCB")}
+        parts |= {name + suffix for name in int8 for suffix in (".SCB", ".weight_format")}
+        self._scales = {f"{name}.weight": f"{name}.SCB" for name in int8}
+        self.tensors = frozenset(self._stored) - parts
         try:
             self.config = self.family.config(data, self.tensors)
         except KeyError as error:
@@ -43,8 +57,26 @@ class SafetensorsFolder:
         self.dtype: str = data.get("dtype") or data.get("torch_dtype") or "float32"
 
     def read(self, name: str) -> np.ndarray:
-        """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype."""
-        file = self.tensors[name]
+        """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype.
+
+        An 8-bit weight of bitsandbytes is decoded to float32.
+        """
+        if name in self._scales:
+            return self._explain(read_int8, name, self._scales[name])
+        return self._read(name)
+
+    def read_packed(self, name: str) -> QTensor:
+        """Return a 4-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""
+        return self._explain(read_qtensor, name, self.packed[name])
+
+    def _explain(self, read, *args):
+        try:
+            return read(self._read, *args)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def _read(self, name: str) -> np.ndarray:
+        file = self._files[name]
         try:
             with safe_open(file, framework="numpy") as f:
                 return f.get_tensor(self._stored[name])

@@ -22,7 +22,8 @@ from flax import errors
 from flax.core import meta
 
 from qjax.nn.linen_box import QuantBox
-from qjax.ops.lora import lora_einsum, lora_matmul
+from qjax.ops import trace
+from qjax.ops.lora import lora_einsum, lora_matmul, lora_take
 from qjax.ops.matmul import einsum, matmul, parse
 from qjax.ops.take import take
 
@@ -84,16 +85,13 @@ def fused_call(route: Route, module: nn.Module, *args, **kwargs) -> Any:
         raise errors.ScopeParamShapeError(
             route.param, path_of(module), tuple(box.q.shape), kernel.shape
         )
-    if not route.decodes:
-        return route.call(module, box, *args, **kwargs)
-    if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
-        _warn_decoded(path, "the layer has a dot_general of its own")
-        return NotImplemented
-    quantized = (box.q.contract_axes, len(box.q.batch_shape))
-    if kernel is None or quantized != kernel[1:]:
-        _warn_decoded(path, f"the layer does not sum over its axes {box.q.contract_axes} alone")
-        return NotImplemented
-    return route.call(module, box, *args, **kwargs)
+    reason = _why_decoded(module, box, kernel) if route.decodes else None
+    with trace.leaf(path):
+        if reason is None:
+            return route.call(module, box, *args, **kwargs)
+        trace.record("decode", reason)
+    _warn_decoded(path, reason)
+    return NotImplemented
 
 
 def has_box(module: nn.Module, param: str) -> bool:
@@ -106,6 +104,15 @@ def has_box(module: nn.Module, param: str) -> bool:
 def path_of(module: nn.Module, *names: str) -> str:
     """Return the "/"-joined path of a bound module, or of something in it."""
     return "/".join((*module.path, *names))
+
+
+def _why_decoded(module: nn.Module, box: QuantBox, kernel: Kernel | None) -> str | None:
+    """Return why the route cannot run, or None if it can."""
+    if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
+        return "the layer has a dot_general of its own"
+    if kernel is None or (box.q.contract_axes, len(box.q.batch_shape)) != kernel[1:]:
+        return f"the layer does not sum over its axes {box.q.contract_axes} alone"
+    return None
 
 
 @functools.cache
@@ -200,9 +207,7 @@ def _embed(module: nn.Embed, box: QuantBox, inputs: jax.Array) -> jax.Array:
     y = take(box.q, inputs, dtype=dtype)
     if box.adapter is None:
         return y
-    a, b = box.adapter
-    hidden = jnp.moveaxis(jnp.take(b, inputs, axis=-1), 0, -1)
-    return y + (box.scaling * (hidden @ a.T)).astype(y.dtype)
+    return y + box.scaling * lora_take(inputs, *box.adapter, dtype)
 
 
 def _attend(module: nn.Embed, box: QuantBox, query: jax.Array) -> jax.Array:

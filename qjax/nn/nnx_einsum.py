@@ -40,14 +40,15 @@ class LoraEinsum(LoraLayer, nnx.Einsum):
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None):
         """Apply the equation, the constructor's unless one is given here."""
         y = self._base(inputs, einsum_str, out_sharding)
-        axes = self.weight_axes()
-        product = functools.partial(lora_einsum, einsum_str or self.einsum_str)
-        return self._adapt(
-            y, inputs, lambda x, a, b: product(x, a, b, axes.contract_axes, axes.batch_ndim)
-        )
+        product = functools.partial(self._lora_product, einsum_str or self.einsum_str)
+        return self._adapt(y, inputs, product)
 
     def _base(self, inputs, einsum_str, out_sharding):
         return nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding=out_sharding)
+
+    def _lora_product(self, equation, x, a, b):
+        axes = self.weight_axes()
+        return lora_einsum(equation, x, a, b, axes.contract_axes, axes.batch_ndim)
 
 
 class QuantEinsum(QuantLayer, LoraEinsum):

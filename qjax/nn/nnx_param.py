@@ -37,7 +37,7 @@ class QuantParam(nnx.Variable):
     def decode(self) -> jax.Array:
         """Return the weight as a float array; `qjax.report` lists the use as a decode."""
         with trace.leaf(self.get_metadata().get("path")):
-            trace.record("decode", "whole weight")
+            trace.record("decode", "whole weight", self.q)
         return jax.lax.stop_gradient(self.q.dequantize())
 
     def get_value(self, *, index: Any = None) -> Any:

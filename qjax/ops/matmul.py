@@ -94,7 +94,7 @@ def einsum(
     rows = [a for a in x_axes if a not in q_axes]
     shared = set(batch) <= set(x_axes) & set(out_axes) and set(rows) <= set(out_axes)
     if transpose is None or not shared:
-        trace.record("decode", f"einsum {equation!r} sums over other axes")
+        trace.record("decode", f"einsum {equation!r} sums over other axes", q)
         _warn_decoded(equation, q.contract_axes)
         w = jax.lax.stop_gradient(q.dequantize(x.dtype))
         return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -165,7 +165,7 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
     if not trace.is_recording():
         return
     if q.layout == "flat":
-        trace.record("decode", f"{op}: blocks straddle rows (flat layout)")
+        trace.record("decode", f"{op} in the flat layout", q)
         return
     out, k = math.prod(q.out_shape), math.prod(q.contract_shape)
     batch_ndim = len(q.batch_shape)
@@ -173,10 +173,9 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
     def one_slice(leaf):
         return jax.ShapeDtypeStruct(leaf.shape[batch_ndim:], leaf.dtype)
 
-    q = jax.tree.map(one_slice, q)
     packed = jax.ShapeDtypeStruct((out, k // 2), q.packed.dtype)
-    scales = jax.eval_shape(kernel_scales, q.scales)
-    choice = pallas_kernels.dispatch.resolve(
+    scales = jax.eval_shape(kernel_scales, jax.tree.map(one_slice, q.scales))
+    choice = pallas_kernels.resolve(
         "matmul",
         implementation,
         jax.ShapeDtypeStruct((rows, out if transpose else k), dtype),
@@ -186,7 +185,7 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
         block_size=q.block_size,
         transpose=transpose,
     )
-    trace.record(op, choice.implementation)
+    trace.record(op, choice.implementation, q)
 
 
 def _product(x, q, transpose, implementation):

@@ -41,9 +41,9 @@ def take(q: QTensor, ids: jax.Array, *, dtype=None) -> jax.Array:
         raise ValueError(f"q must be a table [V, D], got {q!r}")
     dtype = q.dtype if dtype is None else dtype
     if q.layout != "rows" or q.contract_axes != (1,):
-        trace.record("decode", "take: blocks do not run along the rows")
+        trace.record("decode", "take: blocks do not run along the rows", q)
         return jax.lax.stop_gradient(jnp.take(q.dequantize(dtype), ids, axis=0))
-    trace.record("take", "rows decoded")
+    trace.record("take", "rows decoded", q)
     rows = ids.reshape(-1).astype(jnp.int32)
     rows = jnp.where(rows < 0, rows + q.shape[0], rows)
     inside = (rows >= 0) & (rows < q.shape[0])

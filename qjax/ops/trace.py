@@ -4,9 +4,12 @@ It works on Python values at trace time alone, so it costs nothing in compiled c
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import NamedTuple
+
+from qjax.core.qtensor import QTensor
 
 
 class Record(NamedTuple):
@@ -18,18 +21,24 @@ class Record(NamedTuple):
 
 
 _records: ContextVar[list[Record] | None] = ContextVar("qjax_trace_records", default=None)
+_names: ContextVar[Mapping[int, str]] = ContextVar("qjax_trace_names", default=MappingProxyType({}))
 _path: ContextVar[str | None] = ContextVar("qjax_trace_path", default=None)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Collect the records of everything traced inside."""
+def recording(names: Mapping[int, str] = MappingProxyType({})) -> Iterator[list[Record]]:
+    """Collect the records of everything traced inside.
+
+    Args:
+        names: the path of a weight by the id of its packed array, for ops outside any layer.
+    """
     records: list[Record] = []
-    token = _records.set(records)
+    tokens = _records.set(records), _names.set(names)
     try:
         yield records
     finally:
-        _records.reset(token)
+        _records.reset(tokens[0])
+        _names.reset(tokens[1])
 
 
 @contextlib.contextmanager
@@ -50,8 +59,12 @@ def is_recording() -> bool:
     return _records.get() is not None
 
 
-def record(op: str, detail: str) -> None:
-    """Note a use of the current weight, if anybody listens."""
+def record(op: str, detail: str, q: QTensor | None = None) -> None:
+    """Note a use of the current weight, or else of q if it has a name, if anybody listens."""
     records = _records.get()
-    if records is not None:
-        records.append(Record(_path.get(), op, detail))
+    if records is None:
+        return
+    path = _path.get()
+    if path is None and q is not None:
+        path = _names.get().get(id(q.packed))
+    records.append(Record(path, op, detail))

@@ -6,7 +6,8 @@ A kernel [*stacked, *contract, *features] does not say where its parts begin. Wh
 - the bias beside a kernel is [*stacked, *features];
 - a scope named `Scan...` or `Vmap...`, as Flax names lifted modules, stacks one axis, and the
   `scale` of a norm in the same block is a vector, so that its further axes are stacked ones;
-- `query`, `key` and `value` of Flax's attention are [in, heads, dim], `out` is [heads, dim, out].
+- `query`, `key` and `value` of Flax's attention are [in, heads, dim], `out` is [heads, dim, out];
+- a name with `out`, `o` or `proj` tells a projection [heads, dim, out] from a convolution.
 
 A kernel for which this leaves several readings is not quantized unless the caller says more.
 """
@@ -19,6 +20,7 @@ from qjax.swap.linen_trace import CONVOLUTION, Use
 
 # Name -> number of feature axes of the rank-3 kernels of nn.MultiHeadDotProductAttention.
 _ATTENTION = {"query": 2, "key": 2, "value": 2, "out": 1}
+_OUTPUT = re.compile(r"(^|_)(o|wo|out|output|proj)(_|\d|$)")
 _CONV = re.compile("conv", re.IGNORECASE)
 
 
@@ -64,13 +66,18 @@ def _guess(path: tuple[str, ...], shape, bias, stacked: int | None, norms) -> Us
         readings = [r for r in readings if r == attention] or readings
     if rank > 3 and readings == [(0, 1)]:
         return Use(problem=CONVOLUTION)  # [height, width, in, out]
-    if len(readings) != 1:
+    if len(readings) != 1 or not _like_its_name(layer, rank, *readings[0]):
         return Use(
             problem=f"its shape {list(shape)} does not tell which axes are contracted or stacked; "
             "pass module= and example_args=, or contract_axes= and batch_ndim="
         )
     ((batch_ndim, features),) = readings
     return Use(tuple(range(rank - batch_ndim - features)), batch_ndim)
+
+
+def _like_its_name(layer: str, rank: int, batch_ndim: int, features: int) -> bool:
+    """Return False for [a, b, out] unless the name speaks of an output: it may be a convolution."""
+    return rank - batch_ndim - features < 2 or bool(_OUTPUT.search(layer))
 
 
 def _readings(shape, bias, stacked: int | None) -> list[tuple[int, int]]:

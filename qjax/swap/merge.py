@@ -1,11 +1,13 @@
 """merge_lora and dequantize_model, for NNX models and for Linen parameter trees."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from qjax.swap import nnx_merge
+from qjax.swap.linen import dequantize_params, merge_lora_params
 
 
 def merge_lora(x: Any, dtype: Any = jnp.bfloat16) -> Any:
@@ -16,11 +18,13 @@ def merge_lora(x: Any, dtype: Any = jnp.bfloat16) -> Any:
     again, quantize the result.
 
     Args:
-        x: an NNX model. Its layers become Flax's own again, biases cast too.
+        x: an NNX model, whose layers become Flax's own again, biases cast too; or the parameters
+            of a Linen model.
         dtype: of the merged weights.
 
     Raises:
-        ValueError: nothing is quantized and nothing has an adapter.
+        ValueError: in an NNX model nothing is quantized and nothing has an adapter.
+        TypeError: neither.
 
     Example:
         >>> model = qjax.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
@@ -29,27 +33,33 @@ def merge_lora(x: Any, dtype: Any = jnp.bfloat16) -> Any:
         >>> type(merged).__name__, merged.kernel.dtype.name
         ('Linear', 'bfloat16')
     """
-    return nnx_merge.merge_lora(_checked(x), dtype)
+    if isinstance(x, nnx.Module):
+        return nnx_merge.merge_lora(x, dtype)
+    return merge_lora_params(_tree(x), dtype)
 
 
 def dequantize_model(x: Any) -> Any:
     """Return x with its 4-bit weights decoded to the dtypes that they had; x stays as it is.
 
     Args:
-        x: an NNX model. Its adapters stay, beside float weights.
+        x: an NNX model, whose adapters stay, beside float weights; or the parameters of a Linen
+            model, without adapters.
 
     Raises:
-        ValueError: nothing is quantized.
+        ValueError: nothing is quantized in an NNX model, or a Linen kernel has an adapter.
+        TypeError: neither.
 
     Example:
         >>> model = qjax.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
         >>> type(dequantize_model(model)).__name__
         'Linear'
     """
-    return nnx_merge.dequantize_model(_checked(x))
+    if isinstance(x, nnx.Module):
+        return nnx_merge.dequantize_model(x)
+    return dequantize_params(_tree(x))
 
 
-def _checked(x: Any) -> nnx.Module:
-    if not isinstance(x, nnx.Module):
-        raise TypeError(f"x must be an nnx.Module, got {type(x).__name__}")
+def _tree(x: Any) -> Mapping[str, Any]:
+    if not isinstance(x, Mapping):
+        raise TypeError(f"x must be an nnx.Module or a dict of parameters, got {type(x).__name__}")
     return x

@@ -41,7 +41,7 @@ def _floated(model: nnx.Module, dtype: Any, merge: bool) -> nnx.Module:
     found = [f for f in find_layers(model) if f.is_quantized or (merge and _adapter(f.layer))]
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer in 4 bits")
-    model = nnx.merge(*nnx.split(model))  # new modules and variables, the same arrays
+    model = nnx.clone(model)  # new modules and variables, the same arrays
     paths = {f.path for f in found}
     shared: dict[int, nnx.Param] = {}
     for f in list(find_layers(model)):

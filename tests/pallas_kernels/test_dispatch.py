@@ -47,10 +47,17 @@ def test_unknown_implementation_names_the_known_ones(weight):
         pallas_kernels.matmul(jnp.ones((1, K)), *weight, block_size=BLOCK, implementation="cuda")
 
 
-@pytest.mark.parametrize("name", ["mosaic_gpu", "triton"])
-def test_a_named_kernel_that_cannot_run_says_why(weight, name):
-    with pytest.raises(NotImplementedError, match=f"dequantize.*{name}.*"):
-        pallas_kernels.dequantize(*weight, block_size=BLOCK, implementation=name)
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("mosaic_gpu", "it needs an NVIDIA Hopper GPU .compute capability 9.0., and this is cpu"),
+        ("triton", "it needs an NVIDIA GPU, and this is cpu"),
+    ],
+)
+def test_a_named_kernel_that_cannot_run_says_why(weight, name, why):
+    message = f"matmul cannot run with implementation='{name}': .*{why}"
+    with pytest.raises(NotImplementedError, match=message):
+        pallas_kernels.matmul(jnp.ones((1, K)), *weight, block_size=BLOCK, implementation=name)
 
 
 def test_explain_takes_shapes_and_names_the_implementation(weight):

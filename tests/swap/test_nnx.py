@@ -367,8 +367,10 @@ class TestLora:
             plain.kernel[...], w + 3.0 * np.einsum("nhr,rd->nhd", a, b), atol=1e-6
         )
         np.testing.assert_allclose(merged(IDS), before, rtol=1e-3, atol=1e-3)
+        narrow = qjax.merge_lora(model).blocks[0].attn.out
+        assert narrow.kernel.dtype == narrow.bias.dtype == jnp.bfloat16
         np.testing.assert_array_equal(model(IDS), before)  # the model keeps its adapters
-        assert qjax.merge_lora(model).blocks[0].attn.out.kernel.dtype == jnp.bfloat16
+        assert layer.bias.dtype == jnp.float32
 
     def test_dequantize_keeps_adapters(self):
         model = self.model()
@@ -396,6 +398,12 @@ class TestLora:
             qjax.merge_lora(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
         with pytest.raises(TypeError, match="got list"):
             qjax.dequantize_model([])
+
+    def test_linen_trees(self):
+        params = qjax.quantize_params({"dense": {"kernel": jnp.ones((64, 8))}})
+        w = params["dense"]["kernel"].q.dequantize()
+        np.testing.assert_array_equal(qjax.dequantize_model(params)["dense"]["kernel"], w)
+        assert qjax.merge_lora(params)["dense"]["kernel"].dtype == jnp.bfloat16
 
     def test_norms_hold_no_adapter(self):
         message = "include='norm' matches no dense layer"

@@ -1,0 +1,33 @@
+"""Tiles measured to be the best, by device kind; `benchmarks/NOTES.md` has the times.
+
+A key is (M, N, K), with M the largest of a range that starts above the one before in `_BUCKETS`.
+"""
+
+from pallas_kernels.matmul.config import DecodeTiles, MidTiles
+
+_BUCKETS = (1, 8, 16, 32, 64, 128)
+
+_H100 = {
+    (1, 14336, 4096): DecodeTiles(16, 1, 2),
+    (8, 14336, 4096): DecodeTiles(16, 1, 2),
+    (16, 14336, 4096): DecodeTiles(8, 1, 2),
+    (32, 14336, 4096): MidTiles(1, 4),
+    (64, 14336, 4096): MidTiles(1, 3),
+    (128, 14336, 4096): MidTiles(1, 2, 1024),
+    (1, 4096, 4096): DecodeTiles(16, 1, 2),
+    (8, 4096, 4096): DecodeTiles(16, 1, 2),
+    (16, 4096, 4096): DecodeTiles(16, 1, 2),
+    (1, 4096, 14336): DecodeTiles(28, 2, 2),
+    (8, 4096, 14336): DecodeTiles(16, 2, 2),
+    (16, 4096, 14336): DecodeTiles(16, 4, 2),
+}
+
+TABLE: dict[str, dict[tuple[int, int, int], DecodeTiles | MidTiles]] = {
+    "NVIDIA H100 80GB HBM3": _H100,
+}
+
+
+def lookup(kind: str, m: int, n: int, k: int) -> DecodeTiles | MidTiles | None:
+    """The measured tiles of a device kind and shape, or None."""
+    bucket = next((b for b in _BUCKETS if m <= b), m)
+    return TABLE.get(kind, {}).get((bucket, n, k))

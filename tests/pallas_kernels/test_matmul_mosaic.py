@@ -1,0 +1,241 @@
+"""The Hopper matmul kernels: choice of tiles, lowering for CUDA anywhere, and results on a GPU."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic
+from pallas_kernels.matmul import mosaic_gpu, tuned
+from pallas_kernels.matmul.config import DecodeTiles, MidTiles
+from pallas_kernels.matmul.mosaic_mid import arrange
+from pallas_kernels.matmul.problem import Problem
+from pallas_kernels.scales import DoubleQuantScales
+
+H100 = jax.sharding.AbstractDevice(
+    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+)
+# QLoRA's NF4 to 4 digits: the kernels take any 16 values.
+NEGATIVE = (-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911)
+POSITIVE = (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1)
+NF4 = np.array([*NEGATIVE, 0, *POSITIVE], np.float32)
+
+
+def abstract_arguments(m, n, k, block, *, double=False, layers=None, dtype="bfloat16"):
+    """Shapes of (x, packed, scales, codebook, layer)."""
+    shape, lead = jax.ShapeDtypeStruct, () if layers is None else (layers,)
+    scales = shape((*lead, n, k // block), jnp.float32)
+    if double:
+        scales = DoubleQuantScales(
+            codes=shape((*lead, n, k // block), jnp.uint8),
+            absmax=shape((*lead, -(-n * k // block // 256)), jnp.float32),
+            offset=shape(lead, jnp.float32),
+            table=shape((256,), jnp.float32),
+        )
+    layer = None if layers is None else shape((), jnp.int32)
+    packed = shape((*lead, n, k // 2), jnp.uint8)
+    return shape((m, k), dtype), packed, scales, shape((16,), jnp.float32), layer
+
+
+def lower(m, n, k, block=64, config=None, **kinds) -> str:
+    """The module of one call, lowered for an H100 on this machine."""
+
+    def call(x, packed, scales, codebook, layer):
+        return mosaic_gpu.matmul(
+            x, packed, scales, codebook, block_size=block, layer=layer, config=config
+        )
+
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(call).trace(*abstract_arguments(m, n, k, block, **kinds))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+# Both kernels, every kind of scales, dtype and stack, and the shapes that no tile divides.
+SHAPES = [
+    ((1, 14336, 4096), {}),
+    ((5, 1001, 96), dict(block=32)),
+    ((16, 4095, 2880), dict(double=True)),
+    ((8, 4096, 11008), dict(layers=3, double=True)),
+    ((3, 515, 8192), dict(block=4096, dtype="float16")),
+    ((17, 37, 11008), {}),
+    ((40, 131, 96), dict(block=32)),
+    ((64, 515, 3072), dict(layers=3)),
+    ((100, 515, 2880), dict(double=True, layers=3)),
+    ((128, 4096, 13824), dict(dtype="float16")),
+]
+
+
+@pytest.mark.parametrize("shape, kinds", SHAPES)
+def test_lowers_for_cuda(shape, kinds):
+    text = lower(*shape, **kinds)
+    assert ("qjax_matmul_decode" if shape[0] <= 16 else "qjax_matmul_mid") in text
+    # A slice of a stack is read in place.
+    assert "dynamic_slice" not in text and "gather" not in text
+
+
+@pytest.mark.parametrize("key", tuned.TABLE[H100.device_kind])
+def test_measured_tiles_lower(key):
+    tiles = tuned.TABLE[H100.device_kind][key]
+    assert tuned.lookup(H100.device_kind, *key) == tiles
+    assert "qjax_matmul" in lower(*key, config=tiles)
+
+
+def test_tiles_of_a_range_of_rows():
+    lookup = functools.partial(tuned.lookup, H100.device_kind)
+    assert lookup(5, 14336, 4096) == lookup(8, 14336, 4096)
+    assert lookup(1, 14337, 4096) is None
+    assert tuned.lookup("another GPU", 1, 14336, 4096) is None
+
+
+def test_every_shape_has_tiles_that_fit():
+    rows = (1, 8, 9, 16, 17, 40, 72, 104, 128)
+    for m, n, block, double in itertools.product(
+        rows, (1, 37, 4096, 128256), (32, 64, 512, 4096), (False, True)
+    ):
+        for k in {block, -(-2880 // block) * block, -(-28672 // block) * block}:
+            groups = -(-n * k // block // 256)
+            problem = Problem(m, n, k, block, "bfloat16", False, double, k // block, groups)
+            tiles = mosaic_gpu.choose(problem, "another GPU", 132)
+            assert isinstance(tiles, DecodeTiles if m <= 16 else MidTiles)
+
+
+def test_tiles_that_do_not_fit_are_refused_when_lowered():
+    # `choose` relies on `shared_bytes` agreeing with the limit that the lowering enforces.
+    with pytest.raises(ValueError, match="exceeds available shared memory"):
+        lower(8, 4096, 4096, config=DecodeTiles(16, 1, 5))
+    lower(8, 4096, 4096, config=DecodeTiles(16, 1, 4))
+    assert mosaic.SHARED_BYTES == 232448
+
+
+@pytest.mark.parametrize("m, k", [(1, 32), (9, 96), (16, 512)])
+def test_arrange_puts_each_pair_where_a_lane_needs_it(m, k):
+    x = np.arange(m * k, dtype=np.float32).reshape(m, k) % 251  # exact in bfloat16
+    out = arrange(jnp.asarray(x, jnp.bfloat16))
+    pairs = np.asarray(out).view(ml_dtypes.bfloat16).astype(np.float32)
+    pairs = pairs.reshape(*out.shape, 2)
+    want = np.zeros((-(-k // 256) * 32, -(-m // 8) * 8, 4, 2), np.float32)
+    for row, place in itertools.product(range(m), range(k)):
+        group, within = divmod(place, 32)
+        quad, pair, element = within // 8, within % 8 // 2, within % 2
+        want[4 * group + pair, row, quad, element] = x[row, place]
+    np.testing.assert_array_equal(pairs, want)
+
+
+def test_unsupported_says_why():
+    x, packed, scales, codebook, _ = abstract_arguments(4, 64, 128, 64)
+    why = functools.partial(mosaic_gpu.unsupported, packed=packed, block_size=64)
+    assert why(x) is None
+    assert "float32" in why(jax.ShapeDtypeStruct((4, 128), jnp.float32))
+    assert "M <= 128" in why(jax.ShapeDtypeStruct((129, 128), jnp.bfloat16))
+    assert "transpose" in why(x, transpose=True)
+    assert "48" in mosaic_gpu.unsupported(x, packed, block_size=48)
+    with pytest.raises(NotImplementedError, match="transpose"):
+        mosaic_gpu.matmul(x, packed, scales, codebook, block_size=64, transpose=True)
+
+
+# On a GPU
+
+
+def random_call(seed, m, n, k, block=64, *, double=False, dtype="bfloat16", layers=None):
+    """(x, packed, scales, codebook, layer) and the float64 weight that they stand for."""
+    rng = np.random.default_rng(seed)
+    count, blocks = layers or 1, k // block
+    x = rng.standard_normal((m, k), np.float32).astype(jnp.dtype(dtype))
+    packed = rng.integers(0, 256, (count, n, k // 2), np.uint8)
+    if double:
+        codes = rng.integers(0, 256, (count, n, blocks), np.uint8)
+        absmax = rng.uniform(0.01, 0.04, (count, -(-n * blocks // 256))).astype(np.float32)
+        offset = rng.uniform(0.05, 0.07, count).astype(np.float32)
+        table = rng.uniform(-1, 1, 256).astype(np.float32)
+        groups = np.arange(n * blocks).reshape(n, blocks) // 256
+        decoded = table[codes[-1]] * absmax[-1][groups] + offset[-1]
+        scales = DoubleQuantScales(codes, absmax, offset, table)
+        if not layers:
+            scales = DoubleQuantScales(codes[0], absmax[0], offset[0], table)
+    else:
+        stack = rng.uniform(0.02, 0.1, (count, n, blocks)).astype(np.float32)
+        decoded, scales = stack[-1], stack if layers else stack[0]
+    codes = np.stack([packed[-1] >> 4, packed[-1] & 15], -1).reshape(n, blocks, block)
+    weight = (NF4.astype(np.float64)[codes] * decoded[..., None]).reshape(n, k)
+    layer = None if layers is None else np.int32(layers - 1)
+    packed = packed if layers else packed[0]
+    return jax.tree.map(jnp.asarray, (x, packed, scales, NF4, layer)), weight
+
+
+def check_on_gpu(seed, m, n, k, block=64, config=None, **kinds):
+    arguments, weight = random_call(seed, m, n, k, block, **kinds)
+    x = np.asarray(arguments[0], np.float64)
+
+    # The donated poison becomes the output's buffer.
+    @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+    def call(poison, x, packed, scales, codebook, layer):
+        return mosaic_gpu.matmul(
+            x, packed, scales, codebook, block_size=block, layer=layer, config=config
+        )
+
+    def run():
+        return np.asarray(call(jnp.full((m, n), jnp.nan, arguments[0].dtype), *arguments))
+
+    y = run()
+    assert y.dtype == arguments[0].dtype
+    np.testing.assert_array_equal(run(), y)
+    # Independent roundings of each code, each scale (M > 16) and the result, each of relative
+    # size u at most (mean square u^2 / 3): 3 u of the root sum of squares is 3 standard deviations
+    # of all three at once, for a single result too.
+    u = 2.0**-9 if y.dtype == jnp.bfloat16 else 2.0**-12
+    want, error = x @ weight.T, y.astype(np.float64) - x @ weight.T
+    spread = np.sqrt(x**2 @ (weight**2).T)
+    assert np.linalg.norm(error) <= 3 * u * np.linalg.norm(spread) + u * np.linalg.norm(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape, kinds", SHAPES)
+def test_equals_float64(shape, kinds):
+    check_on_gpu(0, *shape, **kinds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 32, 33, 64, 65, 96, 128])
+def test_equals_float64_for_each_number_of_rows(m):
+    check_on_gpu(m, m, 1024, 4096)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("m", [3, 40])
+def test_equals_float64_for_each_block_size(m, block, double):
+    check_on_gpu(block, m, 515, 8192 if block > 1024 else 3072, block, double=double)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key", tuned.TABLE[H100.device_kind])
+def test_measured_tiles_equal_float64(key):
+    check_on_gpu(0, *key, config=tuned.TABLE[H100.device_kind][key])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(200))
+def test_equals_float64_on_random_shapes(seed):
+    rng = np.random.default_rng(seed)
+    block = int(rng.choice([32, 64, 64, 64, 128, 256, 512, 1024, 2048, 4096]))
+    m, n = int(rng.integers(1, 129)), int(rng.integers(1, 3000))
+    k = block * int(rng.integers(1, max(2, 9000 // block)))
+    kinds = dict(double=bool(rng.random() < 0.4), layers=(None, None, 2)[rng.integers(3)])
+    check_on_gpu(seed, m, n, k, block, dtype=("bfloat16", "float16")[rng.integers(2)], **kinds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [2, 20])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_rows_stay_in_their_row(m, value):
+    (x, packed, scales, codebook, _), weight = random_call(0, m, 300, 512)
+    x = x.at[1, 77].set(value)
+    y = np.asarray(mosaic_gpu.matmul(x, packed, scales, codebook, block_size=64), np.float64)
+    want = np.asarray(x, np.float64) @ weight.T
+    np.testing.assert_array_equal(np.isfinite(y), np.isfinite(want))
