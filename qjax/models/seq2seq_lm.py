@@ -27,12 +27,14 @@ class T5Config(ModelConfig):
     Attributes:
         num_decoder_layers: blocks of the decoder.
         relative_buckets, relative_distance: see `RelativeBias`.
+        scale_logits: multiply by 1 / sqrt(hidden_size) before the head (the first T5).
         decoder_start_token_id: what a generated text begins with.
     """
 
     num_decoder_layers: int = 1
     relative_buckets: int = 32
     relative_distance: int = 128
+    scale_logits: bool = True
     decoder_start_token_id: int = 0
 
     def __post_init__(self):
@@ -106,11 +108,11 @@ class Seq2SeqLM(Pretrained):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Apply the output head: [..., hidden] to float32 [..., vocab]."""
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden).astype(jnp.float32)
-        # Only tied heads are scaled: T5 1.1 and later neither tie nor scale.
-        scaled = hidden * jnp.asarray(self.config.hidden_size**-0.5, hidden.dtype)
-        return self.embed_tokens.attend(scaled).astype(jnp.float32)
+        if self.config.scale_logits:
+            hidden = hidden * jnp.asarray(self.config.hidden_size**-0.5, hidden.dtype)
+        tied = self.config.tie_word_embeddings
+        out = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+        return out.astype(jnp.float32)
 
     def generate(self, ids, attention_mask=None, **options) -> jax.Array:
         """Answer each row of `ids`: int32 [B, 1 + max_new_tokens], the start token first.

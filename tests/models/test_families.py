@@ -1,11 +1,16 @@
 """Every family against transformers: logits with and without padding, and greedy tokens."""
 
+import json
+
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+import qjax.hf
 from tests.models.golden import (
     DECODERS,
+    FOLDER,
     PADDINGS,
     SEQ2SEQ,
     TOLERANCE,
@@ -93,3 +98,40 @@ def test_t5_generates_what_transformers_generates(family):
         ids, mask = ref["input_ids" + padding], ref["attention_mask" + padding]
         out = model.generate(ids, mask, max_new_tokens=12)
         np.testing.assert_array_equal(out, ref["greedy" + padding])
+
+
+def test_an_old_tied_t5_ignores_the_copy_of_its_head(tmp_path):
+    folder, ref = FOLDER / "t5" / "hf", reference("t5")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["shared.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["scale_decoder_outputs"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = qjax.hf.from_pretrained(tmp_path)
+    logits = model(ref["input_ids"], decoder_input_ids=ref["decoder_input_ids"])
+    assert error(logits, ref["logits"]).max() < TOLERANCE
+
+
+def test_files_of_old_spelling_or_without_a_head_give_the_same(tmp_path):
+    """As on the hub: gpt2 without "transformer.", bert with gamma and beta, and with neither."""
+    for family, prefix in (("gpt2", "transformer."), ("bert", "bert.")):
+        target = tmp_path / family
+        target.mkdir()
+        old = {}
+        for name, value in load_file(FOLDER / family / "hf" / "model.safetensors").items():
+            if name.startswith("cls."):
+                continue
+            name = name.removeprefix(prefix).replace("LayerNorm.weight", "LayerNorm.gamma")
+            old[name.replace("LayerNorm.bias", "LayerNorm.beta")] = value
+        buffer = "h.0.attn.bias" if family == "gpt2" else "embeddings.position_ids"
+        save_file({**old, buffer: np.ones((1, 4), np.float32)}, target / "model.safetensors")
+        (target / "config.json").write_text((FOLDER / family / "hf" / "config.json").read_text())
+        model = qjax.hf.from_pretrained(target)
+        for path, leaf in nnx.to_flat_state(nnx.state(model)):
+            other = golden_model(family)
+            for part in path:
+                other = other[part] if isinstance(part, int) else getattr(other, part)
+            np.testing.assert_array_equal(leaf[...], other[...])
+    with pytest.raises(ValueError, match=r"no language-model head: use model\.encode"):
+        model(np.ones((1, 3), np.int32))

@@ -53,8 +53,12 @@ def _feed_forward(data: Data) -> tuple[bool, str]:
 def _t5(data: Data, tensors) -> T5Config:
     """Unscaled attention logits with a relative bias.
 
-    A head of its own is neither tied nor scaled, whatever config.json says.
+    Before `scale_decoder_outputs` there was one switch: a tied head is a scaled one. With it, a
+    head of its own in the file is used, whatever `tie_word_embeddings` says.
     """
+    tied = data.get("tie_word_embeddings", True)
+    scaled = data.get("scale_decoder_outputs", tied)
+    duplicate = tied and "scale_decoder_outputs" not in data
     gated, act = _feed_forward(data)
     return T5Config(
         vocab_size=data["vocab_size"],
@@ -70,7 +74,8 @@ def _t5(data: Data, tensors) -> T5Config:
         attention_scale=1.0,
         mlp="gated" if gated else "plain",
         hidden_act=act,
-        tie_word_embeddings="lm_head.weight" not in tensors,
+        tie_word_embeddings=duplicate or "lm_head.weight" not in tensors,
+        scale_logits=scaled,
         num_decoder_layers=data.get("num_decoder_layers") or data["num_layers"],
         relative_buckets=data.get("relative_attention_num_buckets", 32),
         relative_distance=data.get("relative_attention_max_distance", 128),
