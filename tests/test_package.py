@@ -44,7 +44,7 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel):
         path.relative_to(ROOT).as_posix()
         for package in ("qjax", "pallas_kernels")
         for path in (ROOT / package).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert sources <= names
     assert {"qjax/py.typed", "pallas_kernels/py.typed"} <= names

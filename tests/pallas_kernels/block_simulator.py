@@ -1,7 +1,7 @@
 """Runs the bodies of the Mosaic matmul kernels on the CPU, all threads of a block in step.
 
 It replaces the primitives of `pallas_kernels.mosaic` by numpy: a register is an array with an
-element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes, and a wait
+element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes; a wait
 for a phase that is not complete is an error, as are accesses out of bounds. Shared memory and the
 output start as NaN. It shows wrong addresses, layouts and counts; it does not show races.
 """
