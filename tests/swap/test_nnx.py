@@ -268,7 +268,8 @@ def test_normalized_weights_are_left_alone():
     before = layer(x)
     qjax.quantize_model(layer)
     assert type(layer.layer_instance) is nnx.Linear
-    np.testing.assert_array_equal(layer(x), before)
+    # It normalizes what the last call left, so a second call rounds once more.
+    np.testing.assert_allclose(layer(x), before, rtol=1e-5)
     note = qjax.report(layer)["layer_instance/kernel"].note
     assert note == "its weight is normalized at each call"
 
