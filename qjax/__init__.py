@@ -6,6 +6,8 @@ from qjax.checkpoint import save_async as save_async
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.hf.peft import load_adapter as load_adapter
+from qjax.hf.peft import save_adapter as save_adapter
 from qjax.hf.pretrained import from_pretrained as from_pretrained
 from qjax.hf.tokenizer import load_tokenizer as load_tokenizer
 from qjax.nn.linen import QuantDense as QuantDense

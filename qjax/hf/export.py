@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from qjax.core.qtensor import QTensor
 from qjax.hf.bitsandbytes import write_qtensor
 from qjax.hf.bnb_config import write_bnb_config
+from qjax.hf.extras import write_whole
 from qjax.hf.families import Family, family
 from qjax.hf.layout import Stored, arrays, stored
 from qjax.models.base import Pretrained
@@ -176,10 +177,6 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all, spelled as transformers does."""
-    temporary = file.with_name(f".{file.name}-{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write JSON as transformers spells it."""
+    text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+    write_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))

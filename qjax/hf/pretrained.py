@@ -76,8 +76,9 @@ def from_pretrained(
         ]
         quant = dataclasses.replace(quant, exclude=(*(quant.exclude or ()), *kept))
         quantize_model(model, quant)
-    show = progress and Console(stderr=True).is_terminal
-    for item in track(plan, "Loading", transient=True, disable=not show):
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    for item in track(plan, "Loading", console=console, transient=True, disable=hidden):
         _fill(source, item, dtype)
     if source.data is not None:
         model.config_json = json.dumps(source.data)

@@ -13,6 +13,7 @@ from qjax.hf.bitsandbytes import packed_weights, read_int8, read_qtensor
 from qjax.hf.bnb_config import BnbConfig, read_bnb_config
 from qjax.hf.families import Family, family
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -34,6 +35,8 @@ class SafetensorsFolder:
         self.bnb: BnbConfig | None = None
         if data.get("quantization_config"):
             where = f"{folder / 'config.json'}: quantization_config"
+            if not isinstance(data["quantization_config"], dict):
+                raise ValueError(f"{where} must be a JSON object")
             self.bnb = read_bnb_config(data["quantization_config"], where)
         self.data = data
         self.path = folder
@@ -50,11 +53,26 @@ class SafetensorsFolder:
         parts |= {name + suffix for name in int8 for suffix in (".SCB", ".weight_format")}
         self._scales = {f"{name}.weight": f"{name}.SCB" for name in int8}
         self.tensors = frozenset(self._stored) - parts
+        self.config = self._read_config()
+        dtype = data.get("dtype") or data.get("torch_dtype") or "float32"
+        if dtype not in _DTYPES:
+            raise ValueError(f"{folder / 'config.json'}: dtype={dtype!r} must be one of {_DTYPES}")
+        self.dtype: str = dtype
+
+    def _read_config(self):
+        file = self.path / "config.json"
+        for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
+            layers = self.data.get(key)
+            if isinstance(layers, int) and layers > len(self.tensors):
+                raise ValueError(f"{file} says {key}={layers}: more than there are tensors")
         try:
-            self.config = self.family.config(data, self.tensors)
+            return self.family.config(self.data, self.tensors)
         except KeyError as error:
-            raise ValueError(f"{folder / 'config.json'}: no key {error}") from None
-        self.dtype: str = data.get("dtype") or data.get("torch_dtype") or "float32"
+            raise ValueError(f"{file}: no key {error}") from None
+        except NotImplementedError:
+            raise
+        except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{file}: {error}") from None
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype.

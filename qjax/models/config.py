@@ -1,9 +1,28 @@
 """What a transformer looks like: sizes and switches, free of any file format."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as config.json spells them
+
+
+def check_types(config: Any) -> None:
+    """Raise ValueError for a field of a config that is not of its plain type; ints are floats."""
+    for item in fields(config):
+        value, kind = getattr(config, item.name), item.type
+        options = get_args(kind) or (kind,)
+        if get_origin(kind) is Literal:
+            fits = isinstance(value, str) and value in options
+        else:
+            plain = [t for t in options if t in (int, float, bool, str, NoneType)]
+            if len(plain) < len(options):
+                continue  # a config of its own, or a tuple
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            fits = type(value) in plain or (float in plain and number)
+        if not fits:
+            names = [getattr(option, "__name__", repr(option)) for option in options]
+            raise ValueError(f"{item.name}={value!r} must be {' or '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,14 @@ class RopeConfig:
     truncate: bool = True
     partial: float = 1.0
 
+    def __post_init__(self):
+        check_types(self)
+        if not (self.theta > 0 and self.factor > 0 and 0 < self.partial <= 1):
+            raise ValueError(
+                f"theta={self.theta} and factor={self.factor} must be positive, "
+                f"partial={self.partial} from 0 to 1"
+            )
+
 
 @dataclass(frozen=True)
 class ExpertsConfig:
@@ -56,6 +83,7 @@ class ExpertsConfig:
     limit: float = 7.0
 
     def __post_init__(self):
+        check_types(self)
         if not 1 <= self.per_token <= self.count:
             raise ValueError(f"per_token={self.per_token} must be from 1 to count={self.count}")
 
@@ -142,6 +170,7 @@ class ModelConfig:
     remat: bool = False
 
     def __post_init__(self):
+        check_types(self)
         for name in (
             "vocab_size",
             "hidden_size",
@@ -152,7 +181,7 @@ class ModelConfig:
             "head_dim",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive int")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

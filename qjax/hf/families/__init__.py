@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
-from qjax.hf.families import bert, gemma, gpt, llama, moe, t5
+from qjax.hf.families import bert, gemma, gpt, llama, moe, opt_bloom, t5
 from qjax.hf.families.base import Data
 from qjax.hf.families.base import Family as Family
 from qjax.hf.families.base import Names as Names
 
 FAMILIES: Mapping[str, Family | Callable[[Data], Family]] = {
     "bert": bert.BERT,
-    "bloom": gpt.BLOOM,
+    "bloom": opt_bloom.BLOOM,
     "gemma2": gemma.GEMMA2,
     "gemma3_text": gemma.GEMMA3,
     "gpt2": gpt.GPT2,
@@ -19,7 +19,7 @@ FAMILIES: Mapping[str, Family | Callable[[Data], Family]] = {
     "llama": llama.LLAMA,
     "mistral": llama.MISTRAL,
     "mixtral": moe.MIXTRAL,
-    "opt": gpt.OPT,
+    "opt": opt_bloom.OPT,
     "phi3": llama.PHI3,
     "qwen2": llama.QWEN2,
     "qwen3": llama.QWEN3,

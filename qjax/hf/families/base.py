@@ -165,3 +165,26 @@ LLAMA_NAMES: Names = {
 }
 
 QK_NORM_NAMES: Names = same_names("model", "self_attn/q_norm", "self_attn/k_norm")
+
+
+_BIASES = dict(qkv_bias=True, output_bias=True, mlp_bias=True)
+
+
+def plain_fields(norm_eps: float, **changes: Any) -> dict[str, Any]:
+    """Return the fields of a decoder with LayerNorms, biases and a plain MLP."""
+    return dict(norm="layer", norm_eps=norm_eps, mlp="plain", **(_BIASES | changes))
+
+
+def block_names(outside: Names, layer: str, inside: Names) -> Names:
+    """Return names of modules outside the layers, and of those of a layer behind its prefix."""
+    blocks = {f"layers/{{}}/{ours}": f"{layer}.{theirs}" for ours, theirs in inside.items()}
+    return {**outside, **blocks}
+
+
+# Of the blocks of GPT-NeoX and Bloom.
+FUSED_NAMES = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "mlp/up_proj": "mlp.dense_h_to_4h",
+    "mlp/down_proj": "mlp.dense_4h_to_h",
+}

@@ -44,6 +44,8 @@ def _names(gated: bool) -> dict[str, str]:
 def _feed_forward(data: Data) -> tuple[bool, str]:
     """Read `feed_forward_proj`, such as "relu" or "gated-gelu" (by tanh); return (gated, act)."""
     spelled = data.get("feed_forward_proj", "relu")
+    if not isinstance(spelled, str):
+        raise ValueError(f"config.json: feed_forward_proj={spelled!r} must be a string")
     gated, name = spelled.startswith("gated-"), spelled.removeprefix("gated-")
     return gated, "gelu_new" if spelled == "gated-gelu" else name
 
