@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -61,8 +62,10 @@ def main() -> None:
             for transpose in (False, True):
                 rows.append(measure(n, k, m, transpose))
                 print(rows[-1], flush=True)
+    git = ["git", "-C", str(RESULT.parent), "rev-parse", "--short", "HEAD"]
     machine = {
         "processor": platform.machine(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],  # above the number of cores, times are other programs' too
         "jax": jax.__version__,
