@@ -1,8 +1,8 @@
 """Few rows of x on a CPU: decode a cache-sized tile of weight rows, use it, forget it.
 
 XLA's CPU backend writes a decoded weight out to memory and reads it back; a tile that stays in the
-cache is about 5 times faster for one row (benchmarks/results/cpu.json). Bytes are not unzipped into columns:
-the high nibbles meet the even columns of x, the low nibbles the odd ones.
+cache is about 5 times faster for one row (benchmarks/results/cpu.json). Bytes are not unzipped into
+columns: the high nibbles meet the even columns of x, the low nibbles the odd ones.
 """
 
 import jax
