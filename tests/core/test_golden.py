@@ -99,12 +99,15 @@ def test_nested_encode_differs_in_under_one_code_in_a_thousand(cases):
 
 
 def test_nested_encode_of_scales_with_bitsandbytes_own_mean(cases):
+    compared = 0
     for name in NESTED:
         scales = cases[f"{name}/absmax_prenest"]
         q = quantize_scales(jnp.asarray(scales))
         if float(q.offset) == float(cases[f"{name}/nested_offset"]):
             np.testing.assert_array_equal(q.codes, cases[f"{name}/absmax"])
             np.testing.assert_array_equal(q.absmax, cases[f"{name}/nested_absmax"])
+            compared += 1
+    assert compared >= len(NESTED) - 1  # one mean differs in its last bit
 
 
 def test_tables(tables):
