@@ -13,6 +13,7 @@ from flax.core import meta
 from qjax.core.config import QuantConfig, patterns
 from qjax.nn.linen_box import box_kernel, is_quant_box, with_adapter
 from qjax.nn.lora import LoraConfig
+from qjax.nn.stack_axes import items_from_front
 from qjax.swap.linen_plan import leaves_by_path, path_string, plan_params
 from qjax.swap.policy import check_patterns, matches
 
@@ -93,6 +94,7 @@ def quantize_params(
             batch_ndim=use.batch_ndim,
             name=path,
             check_finite=check_finite,
+            stack_axes=use.stack_axes,
         )
         abstract = isinstance(getattr(leaf, "value", leaf), jax.ShapeDtypeStruct)
         return jax.eval_shape(box, leaf) if abstract else box(leaf)
@@ -164,7 +166,9 @@ def _float_leaf(leaf: Any, dtype: Any) -> Any:
     if not is_quant_box(leaf):
         return leaf
     w = leaf.merged(dtype)
-    return w if leaf.names is None else meta.Partitioned(w, leaf.names)
+    if leaf.names is None:
+        return w
+    return meta.Partitioned(w, items_from_front(leaf.names, leaf.stack_axes))
 
 
 def _is_variables(tree: Any) -> bool:
@@ -184,4 +188,6 @@ def _map_params(fn: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def _layer(path: str) -> str:
-    return path.rpartition("/")[0]
+    """Return what a LoraConfig's patterns are searched in: a raw parameter has its own name."""
+    layer, _, name = path.rpartition("/")
+    return layer if name in ("kernel", "embedding") else path

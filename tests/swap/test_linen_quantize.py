@@ -181,18 +181,48 @@ def test_a_layer_that_the_trace_does_not_know_is_read_by_its_shape():
     assert max_error(y, expected) < 1e-5  # float32 products in another order
 
 
-def test_layers_stacked_along_another_axis_are_left_and_named():
-    class Inner(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(64, name="up")(x), None
+@pytest.mark.parametrize("axes", [(1,), (1, 0), (2, 1)])
+def test_layers_stacked_along_another_axis(axes):
+    model, x = Lifted(axes), jnp.ones((2, 48))
+    params = model.init(jax.random.key(0), x)["params"]
+    cfg = dataclasses.replace(CFG, compute_dtype=jnp.float32)
+    quantized = qjax.quantize_params(params, cfg, module=model, example_args=(x,))
+    (box,) = boxes(quantized).values()
+    assert (box.q.batch_shape, box.q.slice_shape) == ((3,) * len(axes), (48, 48))
+    assert box.names == (*("layers_2", "layers_1")[-len(axes) :], "in", "out")
+    floats = dequantize_params(quantized)
+    assert jax.tree.map(jnp.shape, floats) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.structure(floats) == jax.tree.structure(params)  # names, too
+    # NF4 of normal numbers; were a slice another's, the error would be as large as the numbers.
+    error = jax.tree.map(lambda a, b: jnp.abs(a - b).mean() / jnp.abs(b).mean(), floats, params)
+    assert max(jax.tree.leaves(error)) < 0.15
+    expected = model.apply({"params": floats}, x)
+    for y in (
+        qjax.apply(model, {"params": quantized}, x),
+        model.apply({"params": quantized}, x),
+        jax.jit(model.apply)({"params": quantized}, x),
+    ):
+        assert max_error(y, expected) < 1e-5  # float32 products in another order
 
-    model = nn.scan(Inner, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)()
-    x = jnp.ones((2, 64))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    with pytest.warns(UserWarning, match="up/kernel: it is stacked along axis 1.*axis 0"):
-        left = qjax.quantize_params(shapes, CFG, module=model, example_args=(x,))
-    assert not boxes(left)
+
+class Lifted(nn.Module):
+    """A layer in scans, each along its own axis."""
+
+    axes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.axes:
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+            return nn.Dense(48, use_bias=False, kernel_init=init, name="up")(x)
+        scan = nn.scan(
+            lambda module, x, _: (module(x), None),
+            variable_axes={"params": self.axes[0]},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: f"layers_{len(self.axes)}"},
+        )
+        return scan(Lifted(self.axes[1:], name="inner"), x, None)[0]
 
 
 @pytest.mark.parametrize(
