@@ -50,7 +50,9 @@ def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> ja
         raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
     lead = x.shape[len(batch) : -1]
     _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
-    y = _product(x.reshape(*batch, math.prod(lead), k), q, False, implementation)
+    x = x.reshape(*batch, math.prod(lead), k)
+    trace.observe(x, q)
+    y = _product(x, q, False, implementation)
     return y.reshape(*batch, *lead, *q.out_shape)
 
 
@@ -104,7 +106,10 @@ def einsum(
     x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])
     flat = [math.prod(sizes[a] for a in axes) for axes in (rows, summed)]
     _record("einsum", flat[0], x.dtype, q, transpose, implementation)
-    y = _product(x.reshape(*q.batch_shape, *flat), q, transpose, implementation)
+    x = x.reshape(*q.batch_shape, *flat)
+    if not transpose:
+        trace.observe(x, q)
+    y = _product(x, q, transpose, implementation)
     y_axes = [*batch, *rows, *kept]
     y = y.reshape([sizes[a] for a in y_axes])
     return jnp.transpose(y, [y_axes.index(a) for a in out_axes])
