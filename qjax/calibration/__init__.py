@@ -1,0 +1,3 @@
+"""Better 4 bits: weights quantized again, by what the model's activations say or by search."""
+
+from qjax.calibration.calibrate import calibrate as calibrate
