@@ -40,6 +40,12 @@ def quantize_params(
     read in two ways is left as it is, with a warning. A wrong reading would cost speed, never the
     result.
 
+    Parameters that other modules make by `self.param` are weights too if two of their sizes are 32
+    or more. With the trace, a module that is called with an equation and is that einsum (gemma's),
+    and what `qjax.register` knows, run on the packed weight in `qjax.apply`; any other parameter is
+    decoded where it is read, which a warning and `qjax.report` say. With the trace, layers may be
+    stacked along any axis; without it along axis 0.
+
     Args:
         params: the "params" of a model, or all its variables; dict or FrozenDict, of arrays or
             `jax.ShapeDtypeStruct`s. `nn.Partitioned` kernels become 4-bit leaves with their names.
@@ -58,7 +64,7 @@ def quantize_params(
         it faster.
 
     Raises:
-        ValueError: no kernel in the tree; an `include` or other pattern that matches none, or
+        ValueError: no weight in the tree; an `include` or other pattern that matches none, or
             only kernels that cannot be read; NaN or inf.
         TypeError: a kernel is not floating.
 

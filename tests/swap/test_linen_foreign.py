@@ -26,7 +26,7 @@ AXES = {  # contracted axes, and the number of batch axes
     "moe/down": ((0,), 1),
 }
 RAW = {"moe/up", "moe/down"}
-WARNING = r"are a guess, .* decodes the whole weight at each use: {0}moe/down, {0}moe/up; see"
+WARNING = r"are a guess, .* decodes the whole weight at each use: .*{0}moe/down, {0}moe/up; see"
 # float32 sums in another order, of numbers around 1.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
