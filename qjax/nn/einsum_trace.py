@@ -46,8 +46,15 @@ def is_linen_einsum(module: nn.Module, name: str, equation: str, shape: tuple[in
         equation: of the call.
         shape: of w.
     """
-    module = module.clone(parent=None, name=None)
+    bare = module.clone(parent=None, name=None)
+    try:
+        return _is_linen_einsum(bare, name, equation, shape)
+    except TypeError:  # a field that cannot be hashed
+        return _is_linen_einsum.__wrapped__(bare, name, equation, shape)
 
+
+@functools.lru_cache(maxsize=1024)
+def _is_linen_einsum(module: nn.Module, name: str, equation: str, shape: tuple[int, ...]) -> bool:
     def call(w, x):
         return module.apply({"params": {name: w}}, equation, x)
 
@@ -86,20 +93,13 @@ def _runs(call, equation: str, shape, w_dtype: Any, x_dtype: Any, own: Any) -> b
     )
 
 
-@functools.singledispatch
 def _inner(param: Any) -> Iterator[Any]:
     """Yield the jaxprs in a parameter of an equation."""
-    if hasattr(param, "eqns"):
+    if isinstance(param, tuple | list):
+        for part in param:
+            yield from _inner(part)
+    elif hasattr(param, "eqns"):
         yield param
-    elif hasattr(param, "jaxpr"):
-        yield from _inner(param.jaxpr)
-
-
-@_inner.register(tuple)
-@_inner.register(list)
-def _(params) -> Iterator[Any]:
-    for param in params:
-        yield from _inner(param)
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:

@@ -18,7 +18,7 @@ from qjax.ops.matmul import matmul
 def is_pointwise(conv: nnx.Conv) -> bool:
     """Return whether a convolution multiplies each (strided) position by one matrix."""
     padded = np.any(conv.padding) if not isinstance(conv.padding, str) else False
-    return (
+    return bool(
         set(conv.kernel_size) == {1}
         and conv.feature_group_count == 1
         and conv.mask is None

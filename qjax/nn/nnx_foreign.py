@@ -242,7 +242,7 @@ class Weight:
         """Multiply rows [M, K] sorted by expert by it, [E, K, N]; see `qjax.ops.ragged`."""
         variable = self._variable
         q = variable.get_raw_value()
-        product = ragged_dot if isinstance(q, QTensor) else jax.lax.ragged_dot
+        product: Any = ragged_dot if isinstance(q, QTensor) else jax.lax.ragged_dot
         with trace.leaf(variable.get_metadata().get("path")):
             y = product(x, q, group_sizes)
         adapter = adapter_of(self._layer, self._name)

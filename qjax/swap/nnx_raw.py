@@ -171,9 +171,10 @@ def _weights_of(path: str, module: Any) -> Iterator[Found | Raw]:
         raw = Raw(path, module, name, role_of(name))
         if cls is not None and name == cls.weight_name:  # a subclass with code of its own
             role = "embedding" if cls is QuantEmbed else "dense"
+            weight_axes: Any = cls.weight_axes
             known = None
             with contextlib.suppress(ValueError, AttributeError):  # it may lack Flax's attributes
-                known = cls.weight_axes(module)
+                known = weight_axes(module)
             raw = dataclasses.replace(raw, role=role, known=known, tells_stack=known is not None)
         yield _described(raw, own)
 
