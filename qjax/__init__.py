@@ -1,5 +1,6 @@
 """qjax: 4-bit weights, LoRA and fast matrix products for JAX and Flax."""
 
+from qjax.calibration import allocate_bits as allocate_bits
 from qjax.calibration import calibrate as calibrate
 from qjax.checkpoint import load as load
 from qjax.checkpoint import save as save
