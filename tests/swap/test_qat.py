@@ -74,9 +74,8 @@ def trained(seed: int, aware: bool) -> float:
     """The loss, after quantization, of a net that learned another one's outputs."""
     teacher, model = Net(nnx.Rngs(100)), Net(nnx.Rngs(seed))
     y = 3 * teacher(X)
-    optimizer = nnx.Optimizer(
-        model, optax.adam(optax.cosine_decay_schedule(3e-3, 400)), wrt=nnx.Param
-    )
+    rate = optax.cosine_decay_schedule(3e-3, 400)
+    optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
     cfg = qjax.QuantConfig(format="int4", block_size=64, compute_dtype=jnp.float32)
 
     @nnx.jit
@@ -116,6 +115,6 @@ def test_linen_parameters():
 
 def test_misuse():
     model = qjax.quantize_model(Net(nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="no dense layer in floating point to round"):
-        with qjax.fake_quantized(model, CONFIG):
-            pass
+    rounding = qjax.fake_quantized(model, CONFIG)
+    with pytest.raises(ValueError, match="no dense layer in floating point to round"), rounding:
+        pass
