@@ -37,7 +37,7 @@ def fake_quantize(w: jax.Array, like: QTensor, name: str = "w") -> jax.Array:
 
 
 def fake_quantize_params(params: Any, cfg: QuantConfig) -> Any:
-    """Round the kernels of a Linen tree as `quantize_params` would; gradients pass straight through.
+    """Round the kernels of a Linen tree as `quantize_params` would, gradients straight through.
 
     Call it on the parameters inside the loss; they stay in floating point, and the optimizer
     trains them.
