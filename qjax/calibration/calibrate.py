@@ -97,16 +97,15 @@ def _can_improve(q: QTensor) -> bool:
 
 
 def _observe(x: Any, batches: Iterable[Any], call: Callable[..., Any] | None) -> Moments:
-    tuples = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     if isinstance(x, nnx.Module):
         model = nnx.clone(x)  # variables of its own, which may be told their paths
         for path, variable in nnx.to_flat_state(nnx.state(model, QuantParam)):
             variable.set_metadata(path="/".join(map(str, path)))
-        return second_moments((call and functools.partial(call, model)) or model, {}, tuples)
+        return second_moments((call and functools.partial(call, model)) or model, {}, batches)
     if call is None:
         raise ValueError("call must say how parameters are called: call(params, *batch)")
     names = {id(q.packed): path for path, q in flatten_weights(x) if isinstance(q, QTensor)}
-    return second_moments(functools.partial(call, x), names, tuples)
+    return second_moments(functools.partial(call, x), names, batches)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "damping"))
@@ -133,9 +132,10 @@ def _slice(rows: jax.Array, moment: jax.Array, *, q: QTensor, method: str, dampi
     else:
         importance = jnp.diagonal(moment) if method in _WITH_DATA else None
         scales = squared_error(rows, table, block_size, importance)
-    stored = quantize_scales(scales) if q.double_quant else scales
-    # The codes are chosen for the scales as they will be read.
-    scales = decode_scales(kernel_form(stored)) if q.double_quant else scales
+    stored: Any = scales
+    if q.double_quant:  # codes are chosen for the scales as they will be read
+        stored = quantize_scales(scales)
+        scales = decode_scales(kernel_form(stored))
     if method == "gptq":
         codes = gptq_codes(rows, scales, moment, table, damping)
     else:

@@ -1,6 +1,6 @@
 """Second moments of what multiplies each 4-bit weight: the mean of x x^T, while a model runs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,8 +46,14 @@ class Moments:
         return self.sums[path] / self.rows[path]
 
 
+def tuples(batches: Iterable[Any]) -> Iterator[tuple]:
+    """Yield the arguments of each call: a batch that is no tuple is one argument."""
+    for batch in batches:
+        yield batch if isinstance(batch, tuple) else (batch,)
+
+
 def second_moments(
-    call: Callable[..., Any], names: Mapping[int, str], batches: Iterable[tuple]
+    call: Callable[..., Any], names: Mapping[int, str], batches: Iterable[Any]
 ) -> Moments:
     """Run `call(*batch)` for each batch and sum up what multiplies each weight.
 
@@ -60,7 +66,7 @@ def second_moments(
     moments = Moments()
     count = 0
     with trace.observing(moments.add, names):
-        for batch in batches:
+        for batch in tuples(batches):
             call(*batch)
             count += 1
     if not count:

@@ -74,6 +74,10 @@ class QuantConfig:
     def _set(self, name: str, value):
         object.__setattr__(self, name, value)
 
+    def with_format(self, format: str) -> "QuantConfig":
+        """Return this config in another format, with that format's block size and scales."""
+        return self._replace({"format": format})
+
     def _replace(self, fields) -> "QuantConfig":
         fields = dict(fields)
         if fields.get("format", self.format) != self.format:
