@@ -160,12 +160,14 @@ def adapted_weight(layer: Any, name: str, dtype: Any = None) -> jax.Array:
     variable, adapter = vars(layer)[name], adapter_of(layer, name)
     value = variable.get_raw_value()
     dtype = value.dtype if dtype is None else dtype
+    wide = dtype if adapter is None else jnp.float32
+    is_packed = isinstance(value, QTensor)
+    w = jax.lax.stop_gradient(value.dequantize(wide)) if is_packed else value.astype(wide)
     if adapter is None:
-        return value.dequantize(dtype) if isinstance(value, QTensor) else value.astype(dtype)
-    w = value.dequantize(jnp.float32) if isinstance(value, QTensor) else value.astype(jnp.float32)
+        return w
     a, b = (vars(layer)[f"{name}_lora_{part}"][...] for part in "ab")
     delta = lora_weight(a, b, adapter.contract_axes, adapter.batch_ndim(a))
-    return (jax.lax.stop_gradient(w) + adapter.config.scaling * delta).astype(dtype)
+    return (w + adapter.config.scaling * delta).astype(dtype)
 
 
 class AdaptedWeight(QuantParam):
