@@ -1,4 +1,4 @@
-"""Linen modules of other libraries: the route of a method that `qjax.register` knows."""
+"""Linen modules of other libraries: methods that `qjax.register` knows, or that are one einsum."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager

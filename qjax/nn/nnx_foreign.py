@@ -189,7 +189,9 @@ class AdaptedWeight(QuantParam):
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """See `QuantParam`."""
-        return self.decode()[ids]
+        _, layer, name = self._source
+        last = self.q.shape[0] - 1
+        return Weight(layer, name).take(jnp.clip(ids, -last - 1, last))
 
     def update_from_state(self, variable_state: Any) -> None:
         """Update the variable that this stands for."""

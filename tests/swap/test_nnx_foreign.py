@@ -18,6 +18,7 @@ from tests.swap.foreign_models import (
     HIDDEN,
     VOCAB,
     Einsum,
+    Embedder,
     Experts,
     Model,
 )
@@ -304,6 +305,18 @@ def test_what_is_not_one_einsum_is_decoded(cls):
     x, plain = jnp.ones((2, 40 if cls is Transposed else 64)), cls(nnx.Rngs(0))
     plain.w.set_value(layer.w.q.dequantize())
     np.testing.assert_array_equal(layer(x), plain(x))
+
+
+def test_rows_of_a_table_with_an_adapter():
+    model = Embedder(nnx.Rngs(0))
+    qjax.quantize_model(model, qjax.QuantConfig(include="embedding"))
+    qjax.add_lora(model, qjax.LoraConfig(rank=4), rngs=nnx.Rngs(1))
+    model.input_embedding_lora_b[...] = jnp.ones((4, VOCAB))
+    merged = qjax.merge_lora(model, jnp.float32)
+    ids, x = jnp.array([[0, -1], [VOCAB + 7, 3]]), jnp.ones((1, 2, DIM))
+    # float32 sums in another order.
+    np.testing.assert_allclose(model.encode(ids), merged.encode(ids), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model.decode(x), merged.decode(x), rtol=1e-4, atol=1e-4)
 
 
 class Project(nnx.Module):
