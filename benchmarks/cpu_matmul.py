@@ -5,6 +5,7 @@ warm-up, the two sides in turn so that a busy machine slows both.
 """
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -60,7 +61,12 @@ def main() -> None:
             for transpose in (False, True):
                 rows.append(measure(n, k, m, transpose))
                 print(rows[-1], flush=True)
-    machine = {"processor": platform.machine(), "jax": jax.__version__}
+    machine = {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # above the number of cores, times are other programs' too
+        "jax": jax.__version__,
+    }
     RESULT.write_text(json.dumps({"machine": machine, "milliseconds": rows}, indent=1) + "\n")
 
 

@@ -15,8 +15,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import mosaic_gpu
+import pallas_kernels
 from pallas_kernels.scales import DoubleQuantScales
+from pallas_kernels.stacked import take_layer
 
 DIM, HIDDEN, HEADS, VOCAB, CONTEXT, BLOCK = 4096, 11008, 32, 32000, 512, 64
 SHAPES = {
@@ -69,7 +70,8 @@ def generate(params, cache, tokens, codebook, *, count: int, layers: int, unroll
 
     def linear(weights, layer, name, x):
         packed, scales = weights[name]
-        return mosaic_gpu.matmul(x, packed, scales, codebook, block_size=BLOCK, layer=layer)
+        multiply = functools.partial(pallas_kernels.matmul, block_size=BLOCK, layer=layer)
+        return multiply(x, packed, scales, codebook)
 
     def token_step(carry, position):
         tokens, cache = carry
@@ -109,12 +111,18 @@ def main() -> None:
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def make(key, n, k):
         weight = functools.partial(random_weight, n=n, k=k, double=args.double)
-        return jax.lax.map(weight, jax.random.split(key, args.layers))
+        packed, scales = jax.lax.map(weight, jax.random.split(key, args.layers))
+        if args.double:
+            scales = scales._replace(table=scales.table[0])  # shared by the layers
+        return packed, scales
 
     names = enumerate(SHAPES.items())
     stack = {name: make(jax.random.fold_in(key, i), *shape) for i, (name, shape) in names}
     if args.unrolled:
-        stack = [jax.tree.map(lambda a, i=i: a[i], stack) for i in range(args.layers)]
+        stack = [
+            {name: take_layer(*weight, layer=i) for name, weight in stack.items()}
+            for i in range(args.layers)
+        ]
     head = 0.02 * jax.random.normal(key, (VOCAB, DIM), jnp.bfloat16)
     params = {"layers": stack, "embed": head, "head": head}
     shape = (2, args.batch, CONTEXT, HEADS, DIM // HEADS)

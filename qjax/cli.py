@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from qjax.demo.run import DemoError, run
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="4-bit models in JAX and Flax.")
 
 
@@ -23,9 +25,6 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
 ) -> None:
     """Quantize a real language model, ask it, fine-tune it, save, reload, and ask again."""
-    # Imported here: `qjax --help` should not wait for JAX.
-    from qjax.demo.run import DemoError, run
-
     console = Console()
     try:
         run(output, steps=steps, console=console)

@@ -165,6 +165,21 @@ def test_nnx_training_goes_on_where_it_was(tmp_path):
     assert int(again["optimizer"].step[...]) == 5
 
 
+def test_a_model_among_other_things(tmp_path):
+    def make(seed):
+        layer = qjax.quantize_model(nnx.Sequential(nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(seed))))
+        q = qjax.quantize(jax.random.normal(jax.random.key(seed), (WIDTH, 2)))
+        return {"a": [layer, {"q": q, "same": layer}], "step": seed, "none": None}
+
+    run = make(3)
+    qjax.save(tmp_path / "x", run)
+    loaded = qjax.load(tmp_path / "x", make(0))
+    assert loaded["step"] == 3
+    assert_same(loaded["a"][1]["q"], run["a"][1]["q"])
+    assert_same(state_of(loaded["a"][0]), state_of(run["a"][0]))
+    assert loaded["a"][1]["same"] is loaded["a"][0]
+
+
 def test_nnx_in_tree_mode(tmp_path):
     def build(seed):
         return qjax.quantize_model(nnx.Sequential(nnx.Linear(WIDTH, 8, rngs=nnx.Rngs(seed))))

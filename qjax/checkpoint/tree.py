@@ -69,38 +69,68 @@ class Named:
 def named(x: Any) -> Named:
     """Name the leaves of an NNX model, an `nnx.State` or any tree, abstract ones too.
 
+    A tree may hold several models and optimizers; what they share stays shared.
+
     Raises:
         ValueError: x is a single leaf, or two leaves would have one name.
     """
-    kind, tree, finish, marks = "params", x, lambda tree: tree, Marks()
-    if _holds_modules(x):
-        graphdef, tree = nnx.split(x)
-        kind, finish = "nnx", lambda state: nnx.merge(graphdef, state)
-        for path, module in nnx.iter_modules(x):
-            if isinstance(module, LoraLayer) and module.lora_config is not None:
-                marks.scalings["/".join(map(str, path))] = float(module.lora_config.scaling)
-    elif isinstance(x, nnx.State):
-        kind = "nnx"
-    structure = jax.tree.structure(tree)
-    leaves, adapters = {}, set()
-    for path, leaf, adapter in _walk(tree, (), marks):
-        name = _join(path)
-        if name in leaves:
-            raise ValueError(f"two leaves of the tree have the name {name!r}")
-        leaves[name] = leaf
-        if adapter:
-            adapters.add(name)
+    nodes, structure = jax.tree_util.tree_flatten_with_path(x, is_leaf=_is_module)
+    modules = [(_parts(keys), node) for keys, node in nodes if _is_module(node)]
+    graphdef, state = nnx.split([module for _, module in modules])
+    arrays = jax.tree.map(lambda node: None if _is_module(node) else node, x, is_leaf=_is_module)
+
+    found = _Leaves()
+    outside = found.add(arrays, ())
+    inside = []
+    for i, (path, module) in enumerate(modules):
+        inside += found.add(state.get(i), path)
+        found.add_scalings(module, path)
 
     def rebuild(new):
-        return finish(jax.tree.unflatten(structure, [new[name] for name in leaves]))
+        leaves = [new[name] for name in inside]
+        merged = iter(nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves)))
+        others = iter([new[name] for name in outside])
+        parts = [next(merged if _is_module(node) else others) for _, node in nodes]
+        return jax.tree.unflatten(structure, parts)
 
-    return Named(leaves, frozenset(adapters), marks, kind, rebuild)
+    kind = "nnx" if modules or isinstance(x, nnx.State) else "params"
+    return Named(found.leaves, frozenset(found.adapters), found.marks, kind, rebuild)
 
 
-def _holds_modules(x: Any) -> bool:
-    """Return whether x is or holds an NNX module, optimizer or the like."""
-    nodes = jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, nnx.Pytree))
-    return any(isinstance(node, nnx.Pytree) for node in nodes)
+class _Leaves:
+    """Leaves as they are found."""
+
+    def __init__(self):
+        self.leaves, self.adapters, self.marks = {}, set(), Marks()
+
+    def add(self, tree: Any, path: tuple[str, ...]) -> list[str]:
+        """Take in the leaves of a tree at `path`; return their names, in the tree's order."""
+        names = []
+        for inner, leaf, adapter in _walk(tree, path, self.marks):
+            name = _join(inner)
+            if name in self.leaves:
+                raise ValueError(f"two leaves of the tree have the name {name!r}")
+            self.leaves[name] = leaf
+            names.append(name)
+            if adapter:
+                self.adapters.add(name)
+        return names
+
+    def add_scalings(self, module: Any, path: tuple[str, ...]) -> None:
+        """Take in the scalings of a model's adapters, which are in no variable."""
+        for inner, layer in nnx.iter_modules(module):
+            if isinstance(layer, LoraLayer) and layer.lora_config is not None:
+                name = "/".join((*path, *map(str, inner)))
+                self.marks.scalings[name] = float(layer.lora_config.scaling)
+
+
+def _is_module(node: Any) -> bool:
+    """Return whether a node is an NNX model, optimizer or the like."""
+    return isinstance(node, nnx.Pytree)
+
+
+def _parts(keys: Any) -> tuple[str, ...]:
+    return tuple(keystr((key,), simple=True) for key in keys)
 
 
 def _walk(tree: Any, path: tuple[str, ...], marks: Marks) -> Iterator[tuple[tuple, Any, bool]]:
@@ -113,7 +143,7 @@ def _walk(tree: Any, path: tuple[str, ...], marks: Marks) -> Iterator[tuple[tupl
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]:
         if isinstance(tree, _WRAPPERS):
             keys = keys[1:]
-        inner = (*path, *(keystr((key,), simple=True) for key in keys))
+        inner = (*path, *_parts(keys))
         if is_node(leaf):
             yield from _walk(leaf, inner, marks)
         else:

@@ -172,8 +172,10 @@ def _decode_flat(q: QTensor, dtype) -> jax.Array:
 def _meets_subnormals(q: QTensor) -> bool:
     if isinstance(q.scales, DoubleQuant) or not is_concrete(q.scales):
         return False
-    bits = jax.lax.bitcast_convert_type(q.scales, jnp.int32)
-    return bool(((bits > 0) & (bits < _SUBNORMAL_PRODUCTS.view(np.int32))).any())
+    # A weight may be concrete inside a trace: closed over by the body of a scan.
+    with jax.ensure_compile_time_eval():
+        bits = jax.lax.bitcast_convert_type(q.scales, jnp.int32)
+        return bool(((bits > 0) & (bits < _SUBNORMAL_PRODUCTS.view(np.int32))).any())
 
 
 def _decode_ieee(q: QTensor, dtype) -> np.ndarray:

@@ -101,7 +101,8 @@ def _quantize(model: Any, console: Console) -> Any:
         model = qjax.quantize_model(model, demo_model.quant_config())
     # The surgery is in place: the parts are still the model's own.
     packed = {name: qjax.memory_footprint(part) for name, part in parts.items()}
-    table = Table("", "parameters", "float bytes", "NF4 bytes", "bits/param", "ratio")
+    float_bytes = f"{demo_model.dtype().name} bytes"
+    table = Table("", "parameters", float_bytes, "NF4 bytes", "bits/param", "ratio")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, size in sizes.items():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from qjax.hf.families import Family
+from qjax.nn.nnx_param import QuantParam
 
 # What a layer calls its arrays -> what files call them.
 _SUFFIX = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -18,6 +19,7 @@ class Stored(NamedTuple):
         names: the tensors, in the order of the stacked axes.
         stack: leading axes that the tensors fill (layers, experts); () for a single tensor.
         transposed: each is [out, in], for our [in, out].
+        stacks_experts: the last stacked axis is that of experts.
         block_axis: of a matrix as it is stored: blocks of 4-bit weights run along it. It is the
             last, as in bitsandbytes, which turns GPT-2's [in, out] matrices first.
     """
@@ -25,6 +27,7 @@ class Stored(NamedTuple):
     names: tuple[str, ...]
     stack: tuple[int, ...]
     transposed: bool
+    stacks_experts: bool = False
     block_axis: int = 1
 
 
@@ -32,7 +35,7 @@ def arrays(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module, str]]:
     """Yield (path of the layer, layer, name of the array) for all weights of the model."""
     for path, layer in nnx.iter_modules(model):
         for leaf, value in vars(layer).items():
-            if isinstance(value, nnx.Param):
+            if isinstance(value, nnx.Param | QuantParam) and not isinstance(value, nnx.LoRAParam):
                 yield path, layer, leaf
 
 
@@ -55,7 +58,7 @@ def stored(family: Family, config, path: tuple, layer: nnx.Module, leaf: str) ->
         experts, transposed = range(config.experts.count), True
         stack = (*stack, config.experts.count)
     names = tuple(name.format(i, e=e) + suffix for i in indices for e in experts)
-    return Stored(names, stack, transposed, 0 if conv1d else 1)
+    return Stored(names, stack, transposed, "{e}" in name, 0 if conv1d else 1)
 
 
 def _layer_axis(path: tuple, config) -> tuple[tuple[str, ...], range, tuple[int, ...]]:

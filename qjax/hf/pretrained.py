@@ -1,6 +1,7 @@
 """from_pretrained: a language model from a folder, a GGUF file or the hub, layer by layer."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -78,6 +79,8 @@ def from_pretrained(
     show = progress and Console(stderr=True).is_terminal
     for item in track(plan, "Loading", transient=True, disable=not show):
         _fill(source, item, dtype)
+    if source.data is not None:
+        model.config_json = json.dumps(source.data)
     return model
 
 

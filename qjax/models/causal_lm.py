@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.generate import as_tokens, generate
+from qjax.models.base import Pretrained
 from qjax.models.block import Block
 from qjax.models.cache import KVCache, init_cache
 from qjax.models.config import ModelConfig
@@ -15,7 +16,7 @@ from qjax.models.norm import make_norm
 from qjax.models.stack import make_layers, run_layers
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Pretrained):
     """A decoder-only language model, of the family that its config describes.
 
     Layers carry the names of Hugging Face's Llama, whatever the family: `embed_tokens`,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.generate import as_tokens
+from qjax.models.base import Pretrained
 from qjax.models.block import Block
 from qjax.models.config import ModelConfig
 from qjax.models.context import encoder_contexts
@@ -29,7 +30,7 @@ class BertConfig(ModelConfig):
     head: bool = True
 
 
-class MaskedLM(nnx.Module):
+class MaskedLM(Pretrained):
     """An encoder of the BERT kind (arXiv:1810.04805), its head tied to the embeddings.
 
     Args:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from qjax.generate import as_tokens, generate
 from qjax.models.attention import Attention, attend
+from qjax.models.base import Pretrained
 from qjax.models.block import Block
 from qjax.models.cache import KVCache, init_cache
 from qjax.models.config import FULL, ModelConfig
@@ -52,7 +53,7 @@ class Memory(NamedTuple):
     mask: jax.Array
 
 
-class Seq2SeqLM(nnx.Module):
+class Seq2SeqLM(Pretrained):
     """An encoder-decoder of the T5 kind (arXiv:1910.10683).
 
     Args:

@@ -55,10 +55,10 @@ class LoraLayer(nnx.Module):
     float_class: type
     weight_name = "kernel"
     # Defaults in the class, so that a layer without an adapter has Flax's own attributes alone.
-    lora_config: LoraConfig | None = None
-    lora_a: nnx.LoRAParam | None = None
-    lora_b: nnx.LoRAParam | None = None
-    lora_dropout: nnx.Dropout | None = None
+    lora_config: Any = None
+    lora_a: Any = None
+    lora_b: Any = None
+    lora_dropout: Any = None
 
     def weight_axes(self) -> WeightAxes:
         """How this layer uses its weight, from its own arguments."""
@@ -134,6 +134,9 @@ class QuantLayer(LoraLayer):
 
     lora_class: type
     compute_dtype: Any
+    dtype: Any  # this and what follows are Flax's own
+    promote_dtype: Any
+    preferred_element_type: Any
     unsupported: tuple[str, ...] = ()  # arguments of Flax's class that replace the product
 
     @classmethod
@@ -157,7 +160,7 @@ class QuantLayer(LoraLayer):
         return cls.convert(copy.copy(layer), config, name=name)
 
     @classmethod
-    def convert(cls, layer: nnx.Module, config: QuantConfig, *, name: str = "", weight=None):
+    def convert(cls, layer: Any, config: QuantConfig, *, name: str = "", weight=None):
         """Turn the layer itself into one of this class, dropping its float weight.
 
         Args:
@@ -210,7 +213,7 @@ class QuantLayer(LoraLayer):
 
 
 def quantize_weight(
-    layer: nnx.Module, cls: type[QuantLayer], config: QuantConfig, *, name: str = ""
+    layer: Any, cls: type[QuantLayer], config: QuantConfig, *, name: str = ""
 ) -> QuantParam:
     """Quantize a layer's weight as `cls` uses it; one of `jax.ShapeDtypeStruct` stays abstract.
 

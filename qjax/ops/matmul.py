@@ -175,7 +175,7 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
 
     packed = jax.ShapeDtypeStruct((out, k // 2), q.packed.dtype)
     scales = jax.eval_shape(kernel_scales, jax.tree.map(one_slice, q.scales))
-    choice = pallas_kernels.dispatch.resolve(
+    choice = pallas_kernels.resolve(
         "matmul",
         implementation,
         jax.ShapeDtypeStruct((rows, out if transpose else k), dtype),

@@ -92,10 +92,11 @@ def _partitioned(local, block_size: int, transpose: bool, second_count: int):
     x, y = (narrow, wide) if transpose else (wide, narrow)
     second = [("groups",), (), ("entries",)][:second_count]
     operands: tuple = (x, ("n", ("b", "j")), ("n", "b"), ("codes",), *second)
+    results: tuple = (y,)
     wrapped = custom_partitioning(lambda *operands: local(*operands))
     wrapped.def_partition(
         partition=partition,
-        sharding_rule=SdyShardingRule(operands, (y,), i=block_size, j=block_size // 2),
+        sharding_rule=SdyShardingRule(operands, results, i=block_size, j=block_size // 2),
     )
     return wrapped
 

@@ -16,8 +16,6 @@ from qjax.swap.linen_guess import guess_uses
 from qjax.swap.linen_trace import CONVOLUTION, Use, path_string, trace_uses
 from qjax.swap.policy import check_patterns, matches, skip_reason
 
-KERNELS = ("kernel", "embedding")
-
 
 def plan_params(
     variables: Mapping[str, Any],
@@ -35,15 +33,11 @@ def plan_params(
     """
     leaves = leaves_by_path(variables["params"])
     stacked = _by_pattern("batch_ndim", batch_ndim, leaves)
-    if module is not None:
-        uses = trace_uses(module, variables, example_args, example_kwargs or {})
-        for path in leaves:
-            if path.rpartition("/")[2] in KERNELS:
-                uses.setdefault(path, Use(problem="no dense layer reads it in the example call"))
+    uses = guess_uses({path: _shape(leaf) for path, leaf in leaves.items()}, stacked)
+    if module is not None:  # what no layer of Flax reads in this call stays a guess
+        uses |= trace_uses(module, variables, example_args, example_kwargs or {})
     elif example_args or example_kwargs:
         raise ValueError("example_args and example_kwargs need module=")
-    else:
-        uses = guess_uses({path: _shape(leaf) for path, leaf in leaves.items()}, stacked)
     for path, axes in _by_pattern("contract_axes", contract_axes, leaves).items():
         role = uses[path].role if path in uses else "dense"
         uses[path] = Use(tuple(axes), stacked.get(path, 0), role)

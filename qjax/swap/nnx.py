@@ -56,7 +56,7 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
         raise ValueError(f"{type(model).__name__} has no dense layer to quantize")
     check_patterns(cfg, [f.weight_path for f in found], "weight of a dense layer")
     todo = [f for f in found if not f.is_quantized]
-    reasons = _reasons(todo, cfg)
+    reasons = _reasons(todo, cfg) | _normalized(model)
     shared: dict[int, QuantParam] = {}
     decoded = []
     for f in todo:
@@ -91,6 +91,18 @@ def _reasons(found: list[Found], cfg: QuantConfig) -> dict[str, str | None]:
                     ", which is kept" if kept else ", which uses it in another way"
                 )
     return reasons
+
+
+def _normalized(model: nnx.Module) -> dict[str, str | None]:
+    """Return a reason for each layer whose weight a wrapper of Flax's writes at every call."""
+    modules = dict(nnx.iter_modules(model, graph=True))
+    wrappers = [m for m in modules.values() if isinstance(m, nnx.WeightNorm | nnx.SpectralNorm)]
+    inside = {id(wrapper.layer_instance) for wrapper in wrappers}
+    return {
+        "/".join(map(str, path)): "its weight is normalized at each call"
+        for path, module in modules.items()
+        if id(module) in inside
+    }
 
 
 def _reason(f: Found, cfg: QuantConfig) -> str | None:

@@ -1,7 +1,7 @@
 """The layers of an NNX model whose weights qjax knows how to quantize."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class Found(NamedTuple):
     """A layer whose weight qjax knows how to quantize."""
 
     path: str  # "/"-joined, of the layer
-    layer: nnx.Module
+    layer: Any  # an nnx.Module
     cls: type[QuantLayer]  # its 4-bit class
 
     @property

@@ -2,8 +2,10 @@
 
 import functools
 import pathlib
+import shutil
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 import qjax.hf
 
@@ -37,3 +39,12 @@ def golden_model(family: str, scan_layers: bool = False):
 def error(logits, expected: np.ndarray) -> np.ndarray:
     """Return the absolute errors of logits, of which the golden data may hold every fourth."""
     return np.abs(np.asarray(logits)[..., :: logits.shape[-1] // expected.shape[-1]] - expected)
+
+
+def write_bnb(family: str, folder: pathlib.Path) -> pathlib.Path:
+    """Write the golden bitsandbytes checkpoint of a family, whole (golden/hf/README.md)."""
+    tensors = load_file(FOLDER / family / "bnb" / "quantized.safetensors")
+    floats = load_file(FOLDER / family / "hf" / "model.safetensors")
+    save_file({**floats, **tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(FOLDER / family / "bnb" / "config.json", folder)
+    return folder

@@ -347,6 +347,12 @@ class TestQuantParam:
         assert isinstance(pure["kernel"], qjax.QTensor)
         assert nnx.state(layer, nnx.Param).keys() == {"bias"}
 
+    def test_pure_dict_round_trip(self):
+        layer = QuantLinear(64, 8, config=F32, rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(QuantLinear(64, 8, config=F32, rngs=nnx.Rngs(1)))
+        nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.state(layer)))
+        np.testing.assert_array_equal(nnx.merge(graphdef, state).kernel[...], layer.kernel[...])
+
     def test_refuses_item_assignment(self):
         layer = QuantLinear(64, 8, config=F32, rngs=nnx.Rngs(0))
         with pytest.raises(TypeError, match="cannot be assigned to by index"):

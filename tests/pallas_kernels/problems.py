@@ -13,27 +13,9 @@ H100 = jax.sharding.AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
 )
 # QLoRA's NF4 to 4 digits: the kernels take any 16 values.
-NF4 = np.array(
-    [
-        -1,
-        -0.6962,
-        -0.5251,
-        -0.3949,
-        -0.2844,
-        -0.1848,
-        -0.0911,
-        0,
-        0.0796,
-        0.1609,
-        0.2461,
-        0.3379,
-        0.4407,
-        0.5626,
-        0.723,
-        1,
-    ],
-    np.float32,
-)
+_BELOW = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
+_ABOVE = [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.723, 1]
+NF4 = np.float32(_BELOW + _ABOVE)
 
 
 def weight(n, k, block, *, double=False, layers=None, seed=0):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import matmul
-from pallas_kernels.matmul import row_tiles
+from pallas_kernels.matmul import row_tiles, xla
 
 K, BLOCK = 96, 32
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
+    monkeypatch.setattr(xla, "CPU_SMALL_WEIGHT", 0)
     monkeypatch.setattr(row_tiles, "TILE_WEIGHTS", 4 * K)  # 4 rows a tile
 
 

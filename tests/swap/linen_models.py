@@ -1,5 +1,7 @@
 """Small Linen models that know nothing of qjax."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ class Block(nn.Module):
 
     use_bias: bool = False
     dropout: float = 0.0
+    dense: Any = nn.Dense
 
     @nn.compact
     def __call__(self, x, deterministic=True):
@@ -21,12 +24,13 @@ class Block(nn.Module):
             num_heads=HEADS, use_bias=self.use_bias, name="attn"
         )(h, h)
         h = nn.RMSNorm(name="mlp_norm")(x)
-        h = nn.silu(self.dense(2 * WIDTH, "gate")(h)) * self.dense(2 * WIDTH, "up")(h)
+        gate, up, down = (
+            self.dense(features, use_bias=self.use_bias, name=name)
+            for name, features in [("gate", 2 * WIDTH), ("up", 2 * WIDTH), ("down", WIDTH)]
+        )
+        h = nn.silu(gate(h)) * up(h)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        return x + self.dense(WIDTH, "down")(h)
-
-    def dense(self, features, name):
-        return nn.Dense(features, use_bias=self.use_bias, name=name)
+        return x + down(h)
 
 
 class Loop(nn.Module):
@@ -34,13 +38,15 @@ class Loop(nn.Module):
 
     use_bias: bool = False
     dropout: float = 0.0
+    dense: Any = nn.Dense
 
     @nn.compact
     def __call__(self, ids, deterministic=True):
         x = nn.Embed(VOCAB, WIDTH, name="embed")(ids)
         for i in range(LAYERS):
-            x = Block(self.use_bias, self.dropout, name=f"layer_{i}")(x, deterministic)
-        return nn.Dense(VOCAB, use_bias=False, name="lm_head")(nn.RMSNorm(name="norm")(x))
+            block = Block(self.use_bias, self.dropout, self.dense, name=f"layer_{i}")
+            x = block(x, deterministic)
+        return self.dense(VOCAB, use_bias=False, name="lm_head")(nn.RMSNorm(name="norm")(x))
 
 
 class Scanned(nn.Module):
@@ -48,6 +54,7 @@ class Scanned(nn.Module):
 
     use_bias: bool = False
     dropout: float = 0.0
+    dense: Any = nn.Dense
 
     @nn.compact
     def __call__(self, ids, deterministic=True):
@@ -62,7 +69,7 @@ class Scanned(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=LAYERS,
         )
-        x, _ = scan(Block(self.use_bias, self.dropout, name="layers"), embed(ids), None)
+        x, _ = scan(Block(self.use_bias, self.dropout, self.dense, name="layers"), embed(ids), None)
         return embed.attend(nn.RMSNorm(name="norm")(x))
 
 

@@ -1,5 +1,8 @@
 """quantize_params: which leaves, along which axes, and what it refuses."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,10 @@ import pytest
 from flax.core import FrozenDict, freeze
 
 import qjax
-from qjax.linen import QuantBox
+from qjax.linen import QuantBox, QuantDense
+from qjax.swap.linen import dequantize_params
 from qjax.swap.linen_guess import guess_uses
-from tests.swap.linen_models import Loop, Scanned, make
+from tests.swap.linen_models import Loop, Scanned, make, max_error
 
 CFG = qjax.QuantConfig(block_size=32, double_quant=False)
 ATTENTION = {"query": (0,), "key": (0,), "value": (0,), "out": (0, 1)}
@@ -79,6 +83,25 @@ def test_values_are_those_of_quantize():
         np.testing.assert_array_equal(out.scales[layer], alone.scales)
 
 
+@pytest.mark.parametrize("cls", [Loop, Scanned])
+def test_a_model_whose_dense_layers_are_replaced_takes_the_same_tree(cls):
+    cfg = dataclasses.replace(CFG, include="gate|up|down|lm_head", compute_dtype=jnp.float32)
+    model, params, ids = make(cls, use_bias=True)
+    ours, shapes, _ = make(
+        cls, use_bias=True, dense=functools.partial(QuantDense, config=cfg), abstract=True
+    )
+    theirs = qjax.quantize_params(params, cfg)
+    describe = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    assert describe(shapes) == describe(theirs)
+    assert jax.tree.structure(shapes) == jax.tree.structure(theirs)
+    # And a tree in which more, or less, is in 4 bits.
+    for include in ("gate|up|down|lm_head", "layer", "down"):
+        tree = qjax.quantize_params(params, dataclasses.replace(cfg, include=include))
+        expected = model.apply({"params": dequantize_params(tree)}, ids)
+        y = jax.jit(ours.apply)({"params": tree}, ids)
+        assert max_error(y, expected) < 1e-5  # float32 products in another order
+
+
 def test_containers_and_variables_keep_their_kind():
     params = {"up": {"kernel": jnp.ones((64, 8))}}
     frozen = qjax.quantize_params(freeze(params), CFG)
@@ -144,6 +167,18 @@ def test_a_trace_knows_what_names_and_shapes_do_not():
     assert not boxes(untold)
     with pytest.raises(ValueError, match=r"include='blocks' matches only .*blocks/a/kernel: its"):
         qjax.quantize_params(shapes, qjax.QuantConfig(include="blocks"))
+
+
+def test_a_layer_that_the_trace_does_not_know_is_read_by_its_shape():
+    """OptimizedLSTMCell reads raw parameters: its kernels are decoded where it reads them."""
+    model, x = nn.RNN(nn.OptimizedLSTMCell(32)), jnp.ones((2, 3, 64))
+    params = model.init(jax.random.key(0), x)["params"]
+    quantized = qjax.quantize_params(params, CFG, module=model, example_args=(x,))
+    assert len(boxes(quantized)) == 8
+    # Outside jit: the cell's scan closes over arrays that have values.
+    y = qjax.apply(model, {"params": quantized}, x)
+    expected = model.apply({"params": dequantize_params(quantized)}, x)
+    assert max_error(y, expected) < 1e-5  # float32 products in another order
 
 
 def test_layers_stacked_along_another_axis_are_left_and_named():

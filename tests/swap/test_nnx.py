@@ -263,6 +263,16 @@ def test_foreign_subclass_reads_a_decoded_weight():
     assert isinstance(qjax.merge_lora(model).layers[0].kernel, nnx.Param)
 
 
+def test_normalized_weights_are_left_alone():
+    layer, x = nnx.WeightNorm(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), jnp.ones(64)
+    before = layer(x)
+    qjax.quantize_model(layer)
+    assert type(layer.layer_instance) is nnx.Linear
+    np.testing.assert_array_equal(layer(x), before)
+    note = qjax.report(layer)["layer_instance/kernel"].note
+    assert note == "its weight is normalized at each call"
+
+
 def test_own_product_is_kept():
     calls = []
 

@@ -1,0 +1,23 @@
+"""What all language models share: they can be saved."""
+
+from typing import Any
+
+from flax import nnx
+
+
+class Pretrained(nnx.Module):
+    """A model that knows the config.json it was loaded with.
+
+    Attributes:
+        config: what it looks like.
+        config_json: that file's text; None for a model built from a config.
+    """
+
+    config: Any
+    config_json: str | None = None
+
+    def save_pretrained(self, path, layout: str = "bitsandbytes", **options) -> None:
+        """Write a folder that Hugging Face's transformers loads: see `qjax.hf.save_pretrained`."""
+        from qjax.hf.export import save_pretrained
+
+        save_pretrained(self, path, layout, **options)

@@ -1,0 +1,394 @@
+"""Runs the bodies of the Mosaic matmul kernels on the CPU, all threads of a block in step.
+
+It replaces the primitives of `pallas_kernels.mosaic` by numpy: a register is an array with an
+element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes; a wait
+for a phase that is not complete is an error, as are accesses out of bounds. Shared memory and the
+output start as NaN. It shows wrong addresses, layouts and counts; it does not show races.
+"""
+
+import contextlib
+import math
+
+import numpy as np
+
+from pallas_kernels import mosaic
+
+SHARED, WARP = 1 << 18, 32
+
+
+class Register:
+    """Stands for `mosaic.Int`: uint32 or uint64, an element a thread."""
+
+    def __init__(self, value):
+        if isinstance(value, Register):
+            value = value.value
+        if isinstance(value, int):
+            value = np.full(machine.threads, value & 0xFFFFFFFF, np.uint32)
+        self.value = value
+
+    def _other(self, other):
+        if isinstance(other, int):
+            bits = 8 * self.value.itemsize
+            return self.value.dtype.type(other & ((1 << bits) - 1))
+        assert other.value.dtype == self.value.dtype
+        return other.value
+
+    def __add__(self, other):
+        return Register(self.value + self._other(other))
+
+    def __sub__(self, other):
+        return Register(self.value - self._other(other))
+
+    def __mul__(self, other):
+        return Register(self.value * self._other(other))
+
+    def __floordiv__(self, other):
+        return Register(self.value // self._other(other))
+
+    def __mod__(self, other):
+        return Register(self.value % self._other(other))
+
+    def __and__(self, other):
+        return Register(self.value & self._other(other))
+
+    def __or__(self, other):
+        return Register(self.value | self._other(other))
+
+    def __xor__(self, other):
+        return Register(self.value ^ self._other(other))
+
+    def __lshift__(self, other):
+        return Register(self.value << self._other(other))
+
+    def __rshift__(self, other):
+        return Register(self.value >> self._other(other))
+
+    def __lt__(self, other):
+        return self.value < self._other(other)
+
+    def equals(self, other):
+        return self.value == self._other(other)
+
+    def at_most(self, other):
+        return Register(np.minimum(self.value, self._other(other)))
+
+    def wide(self):
+        return Register(self.value.astype(np.uint64))
+
+    def narrow(self):
+        return Register((self.value & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+
+
+class Reference:
+    """Bytes in shared memory (address below `SHARED`) or an array in global memory."""
+
+    def __init__(self, address, shape, itemsize):
+        self.address, self.shape, self.itemsize = address, shape, itemsize
+
+    @property
+    def size(self):
+        return math.prod(self.shape) * self.itemsize
+
+
+class Machine:
+    """One block at a time, and the global memory."""
+
+    def __init__(self, threads):
+        self.threads, self.block, self.globals = threads, 0, []
+
+    def allocate_global(self, array) -> Reference:
+        """Each array has 4 GB of addresses to itself, and ends with a granule of 16 bytes."""
+        data = np.ascontiguousarray(array)
+        padded = np.full(-(-data.nbytes // 16) * 16, 0xFF, np.uint8)
+        padded[: data.nbytes] = data.reshape(-1).view(np.uint8)
+        self.globals.append(padded)
+        return Reference(len(self.globals) << 32, data.shape, data.itemsize)
+
+    def start_block(self, block, scratch) -> dict:
+        self.block, self.mask = block, np.ones(self.threads, bool)
+        self.shared, self.barriers = np.full(SHARED, 0xFF, np.uint8), {}
+        references, place = {}, 1024  # address 0 is nobody's
+        for name, ref in scratch.items():
+            references[name] = Reference(place, ref.shape, np.dtype(ref.dtype).itemsize)
+            place += -(-references[name].size // 1024) * 1024
+        return references
+
+    def memory(self, address) -> tuple[np.ndarray, int]:
+        address = int(address)
+        return (
+            (self.globals[(address >> 32) - 1], address & 0xFFFFFFFF)
+            if address >> 32
+            else (
+                self.shared,
+                address,
+            )
+        )
+
+    def active(self):
+        return np.flatnonzero(self.mask)
+
+    def load(self, address: Register, count: int) -> np.ndarray:
+        """`count` bytes of each active thread, aligned to their number."""
+        out = np.zeros((self.threads, count), np.uint8)
+        places = address.value[self.mask].astype(np.uint64)
+        assert (places % np.uint64(count) == 0).all()
+        for space in np.unique(places >> np.uint64(32)):
+            memory = self.globals[int(space) - 1] if space else self.shared
+            here = np.zeros(self.threads, bool)
+            here[self.active()[places >> np.uint64(32) == space]] = True
+            offsets = address.value[here].astype(np.uint64) & np.uint64(0xFFFFFFFF)
+            out[here] = memory[offsets[:, None] + np.arange(count, dtype=np.uint64)]
+        return out
+
+    def store(self, address, value) -> None:
+        data = np.ascontiguousarray(value.value if isinstance(value, Register) else value)
+        data = data.reshape(-1, 1).view(np.uint8)
+        for thread in self.active():
+            memory, offset = self.memory(address.value[thread])
+            assert offset % data.shape[1] == 0 and offset + data.shape[1] <= len(memory)
+            memory[offset : offset + data.shape[1]] = data[thread]
+
+
+class Phase:
+    """An mbarrier."""
+
+    def __init__(self, arrivals):
+        self.arrivals = self.pending = arrivals
+        self.bytes = self.completed = 0
+
+    def change(self, arrivals, size):
+        self.pending -= arrivals
+        self.bytes += size
+        assert self.pending >= 0
+        if self.pending == 0 and self.bytes == 0:
+            self.completed, self.pending = self.completed + 1, self.arrivals
+
+
+class Barriers:
+    """Stands for `mosaic.Barriers`."""
+
+    def __init__(self, ref, count):
+        assert 8 * count <= ref.size
+        self.base, self.count = ref.address, count
+
+    def initialize(self, arrivals, last=()):
+        counts = [arrivals] * (self.count - len(last)) + list(last)
+        assert machine.mask.sum() == 1
+        for i, count in enumerate(counts):
+            machine.barriers[self.base + 8 * i] = Phase(count)
+
+    def address(self, slot):
+        assert (slot.value[machine.mask] < self.count).all()
+        return slot * 8 + self.base
+
+    def _change(self, slot, arrivals, sizes):
+        address = self.address(slot)
+        for thread in machine.active():
+            size = int(sizes.value[thread]) if isinstance(sizes, Register) else sizes
+            machine.barriers[int(address.value[thread])].change(arrivals, size)
+
+    def expect(self, slot, size):
+        self._change(slot, 1, size)
+
+    def arrive(self, slot):
+        self._change(slot, 1, 0)
+
+    def reference(self, slot):
+        return self, slot
+
+    def wait(self, slot, parity):
+        address = self.address(slot)
+        for thread in machine.active():
+            phase = machine.barriers[int(address.value[thread])]
+            assert phase.completed % 2 != parity.value[thread], "waits for ever"
+
+
+def copy_bulk(target, source, size, barrier):
+    for thread in machine.active():
+        memory, start = machine.memory(source.value[thread])
+        place, count = int(target.value[thread]), int(size.value[thread])
+        assert start % 16 == place % 16 == count % 16 == 0 and start + count <= len(memory)
+        machine.shared[place : place + count] = memory[start : start + count]
+        machine.barriers[int(barrier.value[thread])].change(0, -count)
+
+
+def copy_tensor(_, source, target, place, shape, barrier, swizzle):
+    assert swizzle == 128 == shape[1]
+    (reference, index), (barriers, slot) = target, barrier
+    array = machine.memory(source.address)[0][: source.size].reshape(source.shape)
+    for thread in machine.active():
+        *lead, row, column = (int(p.value[thread]) for p in place)
+        plane = array[tuple(lead)]
+        box = np.zeros(shape, np.uint8)
+        part = plane[row : row + shape[0], column : column + shape[1]]
+        box[: part.shape[0], : part.shape[1]] = part
+        size = math.prod(shape)
+        start = reference.address + int(index.value[thread]) * size
+        assert start % 1024 == 0 and size == math.prod(reference.shape[1:])
+        rows, chunks = np.arange(shape[0])[:, None], np.arange(8)[None]
+        swizzled = np.empty((shape[0], 8, 16), np.uint8)
+        swizzled[rows, chunks ^ (rows & 7)] = box.reshape(shape[0], 8, 16)
+        machine.shared[start : start + size] = swizzled.reshape(-1)
+        address = int(barriers.address(slot).value[thread])
+        machine.barriers[address].change(1, 0)
+
+
+def count_arrival(counter):
+    earlier = np.zeros(machine.threads, np.uint32)
+    for thread in machine.active():
+        word = machine.shared[int(counter.value[thread]) :][:4].view(np.uint32)
+        earlier[thread] = word[0]
+        word[0] += 1
+    return Register(earlier)
+
+
+@contextlib.contextmanager
+def when(condition):
+    outer = machine.mask
+    machine.mask = outer & condition
+    yield
+    machine.mask = outer
+
+
+def loop(stop, carry, body):
+    assert len(np.unique(stop.value)) == 1
+    for i in range(int(stop.value[0])):
+        carry = body(Register(i), carry)
+    return carry
+
+
+def lookup_lane(value, lane):
+    return value.reshape(-1, WARP)[np.arange(machine.threads) // WARP, lane.value]
+
+
+def unpack(word, dtype):
+    return word.value[:, None].view(np.dtype(dtype)).astype(np.float32)
+
+
+def pack(pairs, dtype):
+    return Register(pairs.astype(np.dtype(dtype)).view(np.uint32)[:, 0])
+
+
+GROUP, QUAD = np.arange(WARP) // 4, np.arange(WARP) % 4
+
+
+def left_operand(words, dtype):
+    """[warps, 16, 16] from the fragments of an mma's left operand (PTX ISA, m16n8k16)."""
+    out = np.empty((machine.threads // WARP, 16, 16), np.float32)
+    for i, word in enumerate(words):
+        pairs = unpack(word, dtype).reshape(-1, WARP, 2)
+        for e in range(2):
+            out[:, GROUP + 8 * (i % 2), 2 * QUAD + 8 * (i // 2) + e] = pairs[:, :, e]
+    return out
+
+
+def fragments(result):
+    """The 4 floats a thread of [warps, 16, 8]."""
+    values = (result[:, GROUP + 8 * (r // 2), 2 * QUAD + r % 2] for r in range(4))
+    return [value.reshape(-1) for value in values]
+
+
+def mma(acc, a, b, dtype):
+    right = np.empty((machine.threads // WARP, 16, 8), np.float32)
+    for i, word in enumerate(b):
+        pairs = unpack(word, dtype).reshape(-1, WARP, 2)
+        for e in range(2):
+            right[:, 2 * QUAD + 8 * i + e, GROUP] = pairs[:, :, e]
+    product = fragments(left_operand(a, dtype) @ right)
+    return [x + y for x, y in zip(acc, product)]
+
+
+def wgmma_start(acc, a, b, b_step, dtype):
+    acc, columns = list(acc), 2 * len(acc)
+    for step in range(len(a) // 4):
+        left = left_operand(a[4 * step : 4 * step + 4], dtype)
+        right = np.stack([right_operand(int(d), columns, dtype) for d in b.value[::WARP]])
+        product = left @ right
+        for column in range(columns // 8):
+            part = fragments(product[:, :, 8 * column : 8 * column + 8])
+            acc[4 * column : 4 * column + 4] = [
+                x + y for x, y in zip(acc[4 * column : 4 * column + 4], part)
+            ]
+        b = b + b_step
+    return acc
+
+
+def right_operand(descriptor, columns, dtype):
+    """[16, columns] in blocks of 8 columns of 16 bytes along k, without swizzle."""
+    start, along_k, along_n = (((descriptor >> s) & 0x3FFF) << 4 for s in (0, 16, 32))
+    k, n = np.arange(16)[:, None], np.arange(columns)[None]
+    place = start + k // 8 * along_k + n // 8 * along_n + n % 8 * 16 + k % 8 * 2
+    data = machine.shared[place[..., None] + np.arange(2)]
+    return data.view(np.dtype(dtype))[..., 0].astype(np.float32)
+
+
+def float_of(data):
+    return data.view(np.float32)[:, 0]
+
+
+PRIMITIVES = {
+    "Int": Register,
+    "Barriers": Barriers,
+    "thread_index": lambda: Register(np.arange(machine.threads, dtype=np.uint32)),
+    "block_index": lambda: Register(machine.block),
+    "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
+    "both": lambda a, b: a & b,
+    "when": when,
+    "loop": loop,
+    "sync_block": lambda: None,
+    "sync_warp": lambda: None,
+    "shuffle": lookup_lane,
+    "and_or": lambda a, b, c: (a & b) | c,
+    "zero": lambda: np.zeros(machine.threads, np.float32),
+    "add": lambda a, b: a + b,
+    "mul": lambda a, b: a * b,
+    "fma": lambda a, b, c: a * b + c,
+    "mul_then_add": lambda a, b, c: a * b + c,
+    "round_to": lambda value, dtype: value.astype(np.dtype(dtype)),
+    "pack_pair": lambda low, high, dtype: pack(np.stack([low, high], -1), dtype),
+    "mul_pairs": lambda a, b, dtype: pack(unpack(a, dtype) * unpack(b, dtype), dtype),
+    "mma": mma,
+    "wgmma_start": wgmma_start,
+    "wgmma_finish": lambda acc, a: acc,
+    "shared_address": lambda ref: Register(ref.address),
+    "global_address": lambda ref: Register(np.full(machine.threads, ref.address, np.uint64)),
+    "load_float": lambda address: float_of(machine.load(address, 4)),
+    "load_word": lambda address: Register(machine.load(address, 4).view(np.uint32)[:, 0]),
+    "load_byte": lambda address: Register(machine.load(address, 1)[:, 0].astype(np.uint32)),
+    "load_words": lambda address: [
+        Register(word) for word in machine.load(address, 16).view(np.uint32).T
+    ],
+    "load_floats": lambda address, count: (
+        list(machine.load(address, 4 * count).view(np.float32).T)
+        if count <= 4
+        else PRIMITIVES["load_floats"](address, 4)
+        + PRIMITIVES["load_floats"](address + 16, count - 4)
+    ),
+    "store": lambda address, value: machine.store(address, value),
+    "copy_bulk": copy_bulk,
+    "copy_tensor": copy_tensor,
+    "element": lambda ref, i: (ref, i),
+    "count_arrival": count_arrival,
+}
+
+machine: Machine
+
+
+def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block):
+    """Run `make_block(references, out, scratch).run()` for each block; gives the output array."""
+    global machine
+    machine = Machine(threads)
+    for name, value in PRIMITIVES.items():
+        monkeypatch.setattr(mosaic, name, value, raising=False)
+    references = operands._replace(
+        **{f: machine.allocate_global(getattr(operands, f)) for f in ("x", "packed", "codebook")},
+        layer=machine.allocate_global(operands.layer),
+        scales=tuple(machine.allocate_global(a) for a in operands.scales),
+    )
+    target = machine.allocate_global(out)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in range(blocks):
+            scratch = machine.start_block(block, layout.scratch(tiles))
+            make_block(references, target, scratch).run()
+    data = machine.globals[-1][: out.nbytes]
+    return data.view(out.dtype).reshape(out.shape)

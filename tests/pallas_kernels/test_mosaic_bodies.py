@@ -1,0 +1,85 @@
+"""The bodies of the Hopper matmul kernels, simulated on the CPU, against float64."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.matmul import mosaic_decode, mosaic_mid
+from pallas_kernels.matmul.config import DecodeTiles, MidTiles
+from pallas_kernels.matmul.problem import describe
+from tests.pallas_kernels.block_simulator import simulate
+from tests.pallas_kernels.test_matmul_mosaic import random_call
+
+SMS = 4  # few, so that a block has several tiles
+
+
+def run_decode(monkeypatch, problem, operands, tiles):
+    layout = mosaic_decode.Layout(problem, tiles, SMS)
+    dtype = problem.dtype if tiles.slabs == 1 else np.float32
+    out = np.full((tiles.slabs, problem.m, problem.n), np.nan, jnp.dtype(dtype))
+    context = [None] * ("context" in inspect.signature(mosaic_decode._Block).parameters)
+
+    def make(refs, out, scratch):
+        return mosaic_decode._Block(*context, problem, tiles, layout, refs, out, scratch)
+
+    blocks, threads = layout.groups * tiles.slabs, 32 * tiles.warps
+    return simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make)
+
+
+def run_mid(monkeypatch, problem, operands, tiles):
+    layout = mosaic_mid.Layout(problem, tiles)
+    operands = operands._replace(x=np.asarray(mosaic_mid.arrange(operands.x)))
+    dtype = problem.dtype if tiles.slabs == 1 else np.float32
+    out = np.full((tiles.slabs, problem.m, problem.n), np.nan, jnp.dtype(dtype))
+
+    def make(refs, out, scratch):
+        return mosaic_mid._Block(None, problem, tiles, layout, refs, out, scratch)
+
+    blocks = layout.row_tiles * tiles.slabs
+    return simulate(monkeypatch, layout, tiles, blocks, mosaic_mid.THREADS, operands, out, make)
+
+
+@pytest.mark.parametrize(
+    "shape, tiles, kinds",
+    [
+        ((1, 100, 1024), DecodeTiles(4, 1, 2), {}),
+        ((16, 70, 512), DecodeTiles(4, 1, 3), dict(dtype="float16")),
+        ((3, 37, 2880), DecodeTiles(4, 3, 2), dict(double=True)),
+        ((9, 90, 2880), DecodeTiles(8, 2, 2), dict(layers=2)),
+        ((2, 45, 96, 32), DecodeTiles(4, 1, 2), dict(double=True, layers=3)),
+        ((4, 33, 2048, 1024), DecodeTiles(4, 2, 2), {}),
+        ((5, 50, 1536, 128), DecodeTiles(4, 3, 2), {}),
+    ],
+)
+def test_decode_body(monkeypatch, shape, tiles, kinds):
+    check(monkeypatch, run_decode, shape, tiles, kinds)
+
+
+@pytest.mark.parametrize(
+    "shape, tiles, kinds",
+    [
+        ((20, 150, 1024), MidTiles(1, 2, 512, 64, True), {}),
+        ((33, 40, 2880), MidTiles(2, 3, 1024, 128, False), dict(double=True)),
+        ((72, 37, 768, 32), MidTiles(1, 2, 256, 64, True), dict(layers=2)),
+        ((17, 130, 1536, 512), MidTiles(3, 3, 512, 128, True), dict(dtype="float16")),
+        ((24, 20, 4096, 2048), MidTiles(2, 4, 1024, 64, True), dict(double=True, layers=2)),
+    ],
+)
+def test_mid_body(monkeypatch, shape, tiles, kinds):
+    check(monkeypatch, run_mid, shape, tiles, kinds)
+
+
+def check(monkeypatch, run, shape, tiles, kinds):
+    m, n, k, block = (*shape, 64)[:4]
+    (x, packed, scales, codebook, layer), weight = random_call(0, m, n, k, block, **kinds)
+    problem, operands = describe(x, packed, scales, codebook, block, layer)
+    y = run(monkeypatch, problem, jax.tree.map(np.asarray, operands), tiles)
+    y = y.astype(np.float64).sum(0)
+    # The bound of `check_on_gpu`: roundings of each code, each scale and the result.
+    u = 2.0**-9 if problem.dtype == "bfloat16" else 2.0**-12
+    x = np.asarray(x, np.float64)
+    want, spread = x @ weight.T, np.sqrt(x**2 @ (weight**2).T)
+    assert np.linalg.norm(y - want) <= 3 * u * np.linalg.norm(spread) + u * np.linalg.norm(want)
