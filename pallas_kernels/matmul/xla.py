@@ -7,9 +7,9 @@ import jax
 from pallas_kernels.matmul import reference, row_tiles
 from pallas_kernels.stacked import take_layer
 
-# On a CPU a tile loop beats decode-then-dot up to about this many rows of x. Of 4096 x 4096, 256 rows
-# are 1.4x faster in float32 and 1.2x slower in bfloat16. A decoded weight of 1536 x 576 stays in the
-# cache: 8 rows gain 1.1x, 128 lose (2-core AMD EPYC).
+# On a CPU a tile loop beats decode-then-dot up to about this many rows of x. Of 4096 x 4096, 256
+# rows are 1.4x faster in float32 and 1.2x slower in bfloat16. A decoded weight of 1536 x 576 stays
+# in the cache: 8 rows gain 1.1x, 128 lose (2-core AMD EPYC).
 CPU_TILE_MAX_ROWS, CPU_TILE_MAX_ROWS_SMALL = 128, 16
 CPU_SMALL_WEIGHT = 2**21  # weights
 
