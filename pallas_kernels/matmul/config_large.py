@@ -15,18 +15,20 @@ class LargeTiles:
         decoders: warpgroups that decode.
         registers: a thread's registers when multiplying and when decoding; None leaves the split
             to the launch.
+        group: steps whose scales a decoder loads together; `group * decoders` is at most 8.
     """
 
     outputs: int = 128
     rows: int = 256
     slots: int = 4
     decoders: int = 1
-    registers: tuple[int, int] | None = (208, 88)
+    registers: tuple[int, int] | None = (200, 104)
+    group: int = 4
 
 
 # Microseconds of a step of 64 along the contraction, by measurement on an H100 (SXM).
 LARGE_STEP_US = {
-    LargeTiles(128, 256, 4, 1, (208, 88)): 0.86,
+    LargeTiles(128, 256, 4, 1, (200, 104)): 0.86,
     LargeTiles(64, 256, 4, 2, None): 0.45,
     LargeTiles(64, 128, 6, 2, None): 0.40,
 }

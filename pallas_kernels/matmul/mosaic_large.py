@@ -29,7 +29,6 @@ from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
 STEP = 64  # contracted elements of a slot: one 128-byte swizzled row of 16-bit values
 CHUNK = 32  # weights of a 16-byte load of packed bytes
-AHEAD = 4  # steps between the load of a scale and its use
 MIN_STEPS = 8  # prefetches reach at most so far
 TABLE = 256  # second-level scale table
 VECTOR = plgpu.Layout.WG_STRIDED((mg.WARPGROUP,), vec_size=1)  # one value a thread
@@ -205,9 +204,10 @@ class Decoder:
             # The swizzles: 16-byte chunks of a row are permuted by bits of its row number.
             per_row = layout.columns // CHUNK
             packed_twist = (row >> (2 if per_row == 2 else 1)) & (per_row - 1)
-            for i in range(layout.chunks):
-                chunk = part * layout.chunks + i
-                words = mg.load_words(source + ((chunk ^ packed_twist) << 4))
+            chunks = [part * layout.chunks + i for i in range(layout.chunks)]
+            # All loads come first: none may pass a store to shared memory.
+            packed = [mg.load_words(source + ((chunk ^ packed_twist) << 4)) for chunk in chunks]
+            for i, (chunk, words) in enumerate(zip(chunks, packed, strict=True)):
                 scale = pairs[i * CHUNK * len(pairs) // layout.span]
                 panel = target + ((chunk >> 1) << 10)
                 for j, word in enumerate(words):
@@ -336,23 +336,31 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
                 upcoming = after(place, slots)
                 pl.when(upcoming[0] < count)(lambda: copy_packed(upcoming, slot))
 
-            def fill_group(group, carry):
-                # Unrolled, so that loaded scales stay where they are: moving one would wait for it.
-                place, queue = carry
-                refilled = []
-                for u in range(AHEAD):
-                    j = group * AHEAD + u
-                    pl.when(j < mine)(functools.partial(fill, j, place, queue[u]))
-                    refilled.append(load_scales(after(place, AHEAD * stride)))
+            def load_group(place):
+                queue = []
+                for _ in range(tiles.group):
+                    queue.append(load_scales(place))
                     place = after(place, stride)
-                return place, tuple(refilled)
+                return tuple(queue)
+
+            def fill_group(group, carry):
+                # The scales of the next steps are loaded at once, far from the next `commit_smem`:
+                # its fence waits for every load in flight.
+                place, queue = carry
+                upcoming = after(place, tiles.group * stride)
+                loaded = load_group(upcoming)
+                for u in range(tiles.group):
+                    j = group * tiles.group + u
+                    pl.when(j < mine)(functools.partial(fill, j, place, queue[u]))
+                    place = after(place, stride)
+                return upcoming, loaded
 
             start = jnp.int32(0), first
             for j in range(slots // stride):
                 copy_packed(after(start, j * stride), first + j * stride)
-            queue = tuple(load_scales(after(start, j * stride)) for j in range(AHEAD))
             mine = jax.lax.div(count * steps - first + stride - 1, stride)
-            jax.lax.fori_loop(0, pl.cdiv(mine, AHEAD), fill_group, (start, queue))
+            groups = pl.cdiv(mine, tiles.group)
+            jax.lax.fori_loop(0, groups, fill_group, (start, load_group(start)))
 
         def multiply_role(which):
             def tile_body(i, _):
