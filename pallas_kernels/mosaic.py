@@ -172,6 +172,15 @@ def both(a: ir.Value, b: ir.Value) -> ir.Value:
 when = utils.when
 
 
+def branch(condition: ir.Value, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    """Run one of two bodies."""
+    op = scf.IfOp(condition, [], has_else=True)
+    for block, body in ((op.then_block, yes), (op.else_block, no)):
+        with ir.InsertionPoint(block):
+            body()
+            scf.YieldOp([])
+
+
 def loop(stop: Int, carry: Sequence[ir.Value], body: Callable) -> list[ir.Value]:
     """Run `carry = body(i, carry)` for i in [0, stop)."""
     op = scf.ForOp(Int(0).value, stop.value, Int(1).value, list(carry))
@@ -188,6 +197,20 @@ def and_or(a: Int, b: Int, c: Int) -> Int:
 def sync_block() -> None:
     """Wait for all threads of the block; what they wrote before can be read."""
     gpu.barrier()
+
+
+def sync_threads(barrier: Int, count: int) -> None:
+    """Wait for `count` threads at one of the barriers 1 to 15 (0 is `sync_block`)."""
+    _asm(None, [barrier], f"bar.sync $0, {count};", "r,~{memory}", effects=True)
+
+
+def set_registers(count: int, launch: int) -> None:
+    """By a warpgroup: hold `count` registers a thread, a multiple of 8; the launch gave `launch`.
+
+    ptxas honours it where each kind of warpgroup has one side of one branch.
+    """
+    change = "inc" if count > launch else "dec"
+    _asm(None, [], f"setmaxnreg.{change}.sync.aligned.u32 {count};", "", effects=True)
 
 
 def _asm(result, operands, text, constraints, effects=False):
@@ -272,14 +295,36 @@ def permute(a: Int, b: Int, selector: Int) -> Int:
     return Int(_asm(i32(), [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"))
 
 
-def decode_permuted(word: Int, planes: Sequence[Int]) -> list[Int]:
-    """The 8 codes of a packed word as 4 pairs, in the order of K, without memory.
+def code_planes(codebook: Int, dtype: jax.typing.DTypeLike) -> list[Int]:
+    """The 16 codes of a codebook in device memory: 4 words of high bytes, 4 of low bytes."""
+    # From the half of the warp that a lane is in: what ptxas knows to be the same in all lanes, it
+    # keeps in uniform registers, to move at each use.
+    code, half = load_code(codebook), thread_index() & 16
+    codes = [shuffle(code, half + i) for i in range(16)]
+    pairs = [pack_pair(*codes[i : i + 2], dtype) for i in range(0, 16, 2)]
+    return [
+        permute(*pairs[i : i + 2], Int(selector))
+        for selector in (0x7531, 0x6420)
+        for i in range(0, 8, 2)
+    ]
 
-    `planes` are the 16 codes' high bytes, then low bytes, 4 in a word. A permutation selects by 3
-    bits of each nibble out of 8 bytes, so two of them and the nibble's top bit find one of 16.
+
+# Selectors of `decode_permuted`: pairs of neighbours in a byte (the high nibble comes first along
+# K), or of the same place in two bytes.
+ALONG_BYTES = (0x4051, 0x6273)
+ACROSS_BYTES = (0x7351, 0x6240)
+
+
+def decode_permuted(
+    word: Int, planes: Sequence[Int], pairing: tuple[int, int] = ALONG_BYTES
+) -> list[Int]:
+    """The 8 codes of a packed word as 4 pairs, without memory: 2 of each half of the word.
+
+    `planes` are those of `code_planes`. A permutation selects by 3 bits of each nibble out of 8
+    bytes, so two of them and the nibble's top bit find one of 16.
     """
     index = word & 0x77777777
-    choose = ((word >> 1) & 0x44444444) | 0x32103210
+    choose = and_or(word >> 1, Int(0x44444444), Int(0x32103210))
     pairs = []
     for shift in (0, 16):
         low_bits, top_bits = index >> shift, choose >> shift
@@ -287,8 +332,7 @@ def decode_permuted(word: Int, planes: Sequence[Int]) -> list[Int]:
             permute(permute(p[0], p[1], low_bits), permute(p[2], p[3], low_bits), top_bits)
             for p in (planes[:4], planes[4:])
         )
-        # The high nibble of a byte comes first along K.
-        pairs += [permute(low, high, Int(0x4051)), permute(low, high, Int(0x6273))]
+        pairs += [permute(low, high, Int(selector)) for selector in pairing]
     return pairs
 
 
@@ -334,6 +378,15 @@ def wgmma_finish(acc: Sequence[ir.Value], a: Sequence[Int]) -> list[ir.Value]:
     return _tied(acc, a, "wgmma.wait_group.sync.aligned 0;", ["r"] * len(a))
 
 
+def wgmma_wait(pending: int, a: Sequence[Int]) -> None:
+    """Wait until at most `pending` of the products started last still run.
+
+    `a` are left operands of those that end: their registers are not used again before.
+    """
+    text = f"wgmma.wait_group.sync.aligned {pending};"
+    _asm(None, a, text, ",".join(["r"] * len(a) + ["~{memory}"]), effects=True)
+
+
 def _tied(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
     """Inline code that reads and writes the floats `acc` in place."""
     ties = [str(i) for i in range(len(acc))]
@@ -350,6 +403,11 @@ def matrix_descriptor(address: Int, row_step: int, group_step: int) -> Int:
     """
     constant = (row_step >> 4 << 16) | (group_step >> 4 << 32)
     return (address >> 4 & 0x3FFF).wide() + constant
+
+
+def swizzled_descriptor(address: Int) -> Int:
+    """A wgmma operand in shared memory: rows of 128 bytes along k, swizzled by 128."""
+    return (address >> 4 & 0x3FFF).wide() + (1 << 62 | 1024 >> 4 << 32 | 1 << 16)
 
 
 # Memory: a 32-bit address is in the shared window, a 64-bit one is global.
@@ -415,6 +473,40 @@ def store_words(address: Int, words: Sequence[Int]) -> None:
     for i, word in enumerate(words):
         vector = llvm.insertelement(vector, word.value, Int(i).value)
     llvm.store(vector, _pointer(address), alignment=16)
+
+
+def load_matrices_transposed(row: Int) -> list[Int]:
+    """Load four 8 x 8 matrices of 16-bit values; word i holds rows 2 (lane % 4) + {0, 1} of the
+    i-th, column lane // 4.
+
+    Lane 8 i + j gives the shared address of row j (16 bytes) of matrix i.
+    """
+    text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    result = llvm.StructType.get_literal([i32()] * 4)
+    out = _asm(result, [row], text, "=r,=r,=r,=r,r,~{memory}", effects=True)
+    return [Int(llvm.extractvalue(i32(), out, [i])) for i in range(4)]
+
+
+def store_floats(address: Int, values: Sequence[ir.Value]) -> None:
+    """Store 4 consecutive floats, 16-byte aligned."""
+    vector = vector_dialect.from_elements(ir.VectorType.get((4,), f32()), list(values))
+    llvm.store(vector, _pointer(address), alignment=16)
+
+
+def signal(address: Int) -> None:
+    """Set a word in device memory to 1, after all that this thread knows to be written."""
+    _asm(None, [address], "st.release.gpu.global.b32 [$0], 1;", "l,~{memory}", effects=True)
+
+
+def await_signal(address: Int) -> None:
+    """Wait until a word in device memory is not 0; what was written before can be read."""
+    text = (
+        "{ .reg .pred zero; .reg .b32 seen;\n"
+        "again: ld.acquire.gpu.global.b32 seen, [$0];\n"
+        "setp.eq.b32 zero, seen, 0;\n"
+        "@zero bra again; }"
+    )
+    _asm(None, [address], text, "l,~{memory}", effects=True)
 
 
 def store_matrices_transposed(row: Int, words: Sequence[Int]) -> None:
@@ -483,6 +575,11 @@ class Barriers:
         """Arrive, and let the phase wait for `size` bytes."""
         text = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
         _asm(None, [self.address(slot), size], text, "r,r,~{memory}", effects=True)
+
+    def arrive(self, slot: Int) -> None:
+        """Arrive, after what this thread read and wrote."""
+        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
+        _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
 
     def reference(self, slot: Int) -> utils.BarrierRef:
         """The same for `copy_tensor`."""
