@@ -155,6 +155,11 @@ def block_index() -> Int:
     return Int(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
 
+def cluster_rank() -> Int:
+    """This block in its cluster."""
+    return Int(arith.index_cast(i32(), gpu.cluster_block_id(gpu.Dimension.x)))
+
+
 def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
     """`yes` where the condition holds, else `no`."""
     no = Int(no) if isinstance(no, int) else no
@@ -197,6 +202,15 @@ def and_or(a: Int, b: Int, c: Int) -> Int:
 def sync_block() -> None:
     """Wait for all threads of the block; what they wrote before can be read."""
     gpu.barrier()
+
+
+def sync_cluster() -> None:
+    """Wait for all threads of the cluster, to initialize barriers or before leaving.
+
+    It orders nothing else: a release would wait for every store in flight.
+    """
+    text = "barrier.cluster.arrive.relaxed; barrier.cluster.wait;"
+    _asm(None, [], text, "~{memory}", effects=True)
 
 
 def sync_threads(barrier: Int, count: int) -> None:
@@ -581,6 +595,15 @@ class Barriers:
         text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
         _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
 
+    def arrive_at(self, slot: Int, rank: Int) -> None:
+        """The same, on the barrier of another block of the cluster; orders nothing there."""
+        text = (
+            "{ .reg .b32 there;\n"
+            "mapa.shared::cluster.u32 there, $0, $1;\n"
+            "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
+        )
+        _asm(None, [self.address(slot), rank], text, "r,r,~{memory}", effects=True)
+
     def reference(self, slot: Int) -> utils.BarrierRef:
         """The same for `copy_tensor`."""
         return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
@@ -602,12 +625,20 @@ def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
 
 
 def copy_tensor(
-    context, source: ir.Value, target: ir.Value, place: Sequence[Int], shape, barrier, swizzle: int
+    context,
+    source: ir.Value,
+    target: ir.Value,
+    place: Sequence[Int],
+    shape,
+    barrier,
+    swizzle: int,
+    shared: bool = False,
 ) -> None:
     """By one thread: copy a box of a kernel argument; zeros where it passes the end.
 
     The box starts at `place`; leading dimensions that `shape` lacks are indices. It brings its own
-    arrival to the barrier.
+    arrival to the barrier. With `shared`, all blocks of the cluster copy the same box to the same
+    slot, each a part of it for all.
     """
     index = ir.IndexType.get()
     starts = [arith.index_castui(index, p.value) for p in place]
@@ -620,6 +651,7 @@ def copy_tensor(
         barrier=barrier,
         swizzle=swizzle,
         predicate=None,
+        collective=(gpu.Dimension.x,) if shared else None,
     )
 
 

@@ -12,9 +12,12 @@ Codes come from registers too, by byte permutations. Codes and scales are rounde
 multiplied there. The product with the weight contracted along N (dX = dY @ W) differs only in how a
 lane gathers its part of the packed bytes: `mosaic_left`.
 
-Blocks share the work evenly, to two steps: a range may start or end inside a tile. The block with
+Two blocks make a cluster: they have neighbouring outputs and the same rows of x, and each copies
+half of them for both, for copies of x are what the L2 cache has not the bandwidth for.
+
+Clusters share the work evenly, to two steps: a share may start or end inside a tile. The one with
 the start of a tile adds the sums of the others, in order, through device memory. It waits only for
-blocks of lower numbers, which the GPU starts earlier.
+clusters of lower numbers, which the GPU starts earlier.
 """
 
 import functools
@@ -29,6 +32,7 @@ from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded
 from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Lane, Rows
 from pallas_kernels.matmul.problem import Operands, Problem, describe
 
+CLUSTER = 2  # blocks
 MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
 COPY_GROUP = 4  # steps whose scales are loaded together
@@ -81,29 +85,26 @@ class Layout:
         self.problem, self.tiles = problem, tiles
         self.left = (Columns if transpose else Rows)(problem)
         self.row_tiles = pl.cdiv(problem.m, tiles.rows)
-        self.row_group = max(
-            d for d in range(1, ROW_GROUP + 1) if self.row_tiles % d == 0
-        )
-        self.output_tiles = pl.cdiv(self.left.outputs, OUTPUTS)
+        self.row_group = max(d for d in range(1, ROW_GROUP + 1) if self.row_tiles % d == 0)
+        self.output_tiles = pl.cdiv(self.left.outputs, CLUSTER * OUTPUTS)  # of a cluster
         self.units = pl.cdiv(self.left.contracted, 2 * STEP)  # of a tile: two steps each
-        self.work = self.output_tiles * self.row_tiles * self.units
+        tiles_total = self.output_tiles * self.row_tiles
+        # Shares are counted in grains: units, or whole tiles.
         self.grain = 1 if tiles.split else self.units
-        self.blocks = min(sms, self.work // self.grain)
-        if tiles.split:  # a tile is the sum of a few blocks at most
-            self.blocks = min(self.blocks, pl.cdiv(self.work, pl.cdiv(self.units, tiles.split)))
-        shares = range(1, self.blocks)
-        self.splits = any(self.begin(mg_block) % self.units for mg_block in shares)
+        self.grains = tiles_total * (self.units // self.grain)
+        self.clusters = min(sms // CLUSTER, self.grains, tiles_total * max(tiles.split, 1))
+        self.splits = any(self.begin(c) % self.units for c in range(self.clusters))
 
-    def begin(self, block):
-        """The first unit of a block's share (of the end, for the number of blocks)."""
-        return block * (self.work // self.grain) // self.blocks * self.grain
+    def begin(self, cluster):
+        """The first unit of a cluster's share (of the end, for the number of clusters)."""
+        return cluster * self.grains // self.clusters * self.grain
 
-    def block_of(self, unit):
-        """The block whose share has a unit."""
-        return ((unit // self.grain + 1) * self.blocks - 1) // (self.work // self.grain)
+    def cluster_of(self, unit):
+        """The cluster whose share has a unit."""
+        return ((unit // self.grain + 1) * self.clusters - 1) // self.grains
 
     def tile(self, tile):
-        """The tile's place among outputs and among rows of x."""
+        """The tile's place among a cluster's outputs and among rows of x."""
         span = self.row_group * self.output_tiles
         group, within = tile // span, tile % span
         return within // self.row_group, group * self.row_group + within % self.row_group
@@ -128,9 +129,10 @@ class _Block:
         self.context, self.layout, self.refs = context, layout, refs
         self.problem, self.tiles, self.left = layout.problem, layout.tiles, layout.left
         self.thread = mg.thread_index()
-        # Later numbers are for earlier work: the head of a tile waits for the blocks of its tail.
-        self.block = mg.Int(layout.blocks - 1) - mg.block_index()
-        self.first, self.end = layout.begin(self.block), layout.begin(self.block + 1)
+        self.rank = mg.cluster_rank()
+        # Later numbers are for earlier work: the head of a tile waits for the clusters of its tail.
+        self.cluster = mg.Int(layout.clusters - 1) - mg.block_index() // CLUSTER
+        self.first, self.end = layout.begin(self.cluster), layout.begin(self.cluster + 1)
         self.out = mg.global_address(out)
         if layout.splits:
             self.sums, self.flags = mg.global_address(sums), mg.global_address(flags)
@@ -153,8 +155,10 @@ class _Block:
         self.barriers.wait(p % slots + slots, p // slots + 1 & 1)
 
     def release(self, p: mg.Int) -> None:
-        with mg.when((self.thread & 31).equals(0)):
-            self.barriers.arrive(p % self.tiles.slots + self.tiles.slots)
+        """By a warp: leave a slot, in both blocks: each fills part of the other's."""
+        lane = self.thread & 31
+        with mg.when(lane < CLUSTER):
+            self.barriers.arrive_at(p % self.tiles.slots + self.tiles.slots, lane)
 
     # Copying
 
@@ -162,8 +166,12 @@ class _Block:
         """First output, first row of x and step of a block's step p."""
         place = (self.first << 1) + p
         steps = 2 * self.layout.units
-        output, row = self.layout.tile(place // steps)
-        return output * OUTPUTS, row * self.tiles.rows, place % steps
+        return *self.origin(place // steps), place % steps
+
+    def origin(self, tile: mg.Int) -> tuple[mg.Int, mg.Int]:
+        """This block's first output and first row of x of a tile."""
+        output, row = self.layout.tile(tile)
+        return (output * CLUSTER + self.rank) * OUTPUTS, row * self.tiles.rows
 
     def copy(self) -> None:
         thread, count = self.thread - MULTIPLYING, self.end - self.first << 1
@@ -214,7 +222,7 @@ class _Block:
         """By one thread."""
         start, barrier = [row0, step * STEP], self.barriers.reference(slot)
         target, shape = mg.element(self.scratch["x"], slot), (self.tiles.rows, STEP)
-        mg.copy_tensor(self.context, self.refs.x, target, start, shape, barrier, 128)
+        mg.copy_tensor(self.context, self.refs.x, target, start, shape, barrier, 128, shared=True)
         start = [layer] if self.problem.stacked else []
         start += self.left.origin(output0, step)
         target, shape = mg.element(self.scratch["packed"], slot), self.left.box
@@ -241,9 +249,9 @@ class _Block:
             if not self.layout.splits:
                 self.write(acc, tile)
                 return []
-            last = self.layout.block_of(tail - 1)
-            others = mg.select(begins, mg.select(ends, mg.Int(0), last - self.block), 0)
-            acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, self.block + 1 + j))
+            last = self.layout.cluster_of(tail - 1)
+            others = mg.select(begins, mg.select(ends, mg.Int(0), last - self.cluster), 0)
+            acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, self.cluster + 1 + j))
             mg.branch(begins, lambda: self.write(acc, tile), lambda: self.write_sum(acc))
             return []
 
@@ -287,59 +295,63 @@ class _Block:
 
     def write(self, acc: list, tile: mg.Int) -> None:
         """Store a tile, 64 rows of x at a time, through shared memory."""
-        output, row = self.layout.tile(tile)
+        output0, row0 = self.origin(tile)
         at, outputs = self.at, self.left.outputs
         thread = self.thread & (mg.WARPGROUP - 1)
-        staging, barrier = self.staging + (at.warpgroup << 13), at.warpgroup + 1
-        chunk = thread & 7
-        column = output * OUTPUTS + (at.warpgroup << 6) + (chunk << 3)
+        staging, chunk = self.staging + (at.warpgroup << 13), thread & 7
+        column = output0 + (at.warpgroup << 6) + (chunk << 3)
         for first in range(0, self.tiles.rows, 64):
-            mg.sync_threads(barrier, mg.WARPGROUP)
+            self.sync_warpgroup()
             self.left.stage(at, acc, staging, first)
-            mg.sync_threads(barrier, mg.WARPGROUP)
+            self.sync_warpgroup()
             for start in range(0, 64, 16):
                 line = (thread >> 3) + start
                 words = mg.load_words(staging + (line << 7) + ((chunk ^ (line & 7)) << 4))
-                line = row * self.tiles.rows + first + line
+                line = row0 + first + line
                 with mg.when(mg.both(line < self.problem.m, column < outputs)):
                     place = line.wide() * outputs + column.wide()
                     mg.store_words(self.out + (place << 1), words)
 
-    def sum_places(self, block: mg.Int) -> list[mg.Int]:
-        """Where this thread keeps its part of a block's sum, 4 floats at a time."""
+    def sums_of(self, cluster: mg.Int) -> tuple[list[mg.Int], mg.Int]:
+        """Where this thread's part of a cluster's sum is, 4 floats at a time, and its flag."""
         count = self.tiles.rows // 8
+        block = cluster * CLUSTER + self.rank
         start = self.sums + (block * (count * MULTIPLYING) + self.thread).wide() * 16
-        return [start + 16 * MULTIPLYING * i for i in range(count)]
+        flag = self.flags + (block * MULTIPLIERS + self.at.warpgroup << 2).wide()
+        return [start + 16 * MULTIPLYING * i for i in range(count)], flag
 
     def write_sum(self, acc: list) -> None:
-        """Leave the sum of a tile's tail to the block that has its head."""
-        for i, place in enumerate(self.sum_places(self.block)):
+        """Leave the sum of a tile's tail to the cluster that has its head."""
+        places, flag = self.sums_of(self.cluster)
+        for i, place in enumerate(places):
             mg.store_floats(place, acc[4 * i : 4 * i + 4])
-        self.sync_multipliers()
-        with mg.when(self.thread.equals(0)):
-            mg.signal(self.flags + (self.block << 2).wide())
+        self.sync_warpgroup()
+        with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
+            mg.signal(flag)
 
-    def add_sum(self, acc: list, block: mg.Int) -> list:
-        """Add what another block has left."""
-        with mg.when(self.thread.equals(0)):
-            mg.await_signal(self.flags + (block << 2).wide())
-        self.sync_multipliers()
-        others = [value for place in self.sum_places(block) for value in mg.load_floats(place, 4)]
+    def add_sum(self, acc: list, cluster: mg.Int) -> list:
+        """Add what another cluster has left."""
+        places, flag = self.sums_of(cluster)
+        with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
+            mg.await_signal(flag)
+        self.sync_warpgroup()
+        others = [value for place in places for value in mg.load_floats(place, 4)]
         return [mg.add(a, b) for a, b in zip(acc, others, strict=True)]
 
-    def sync_multipliers(self) -> None:
-        mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
+    def sync_warpgroup(self) -> None:
+        mg.sync_threads(self.at.warpgroup + 1, mg.WARPGROUP)
 
     # Roles
 
     def setup(self) -> None:
         slots = self.tiles.slots
         with mg.when(self.thread.equals(0)):
-            # A copier's warp arrives, and each copy; then the multipliers' warps.
-            self.barriers.initialize(4 + 2, [MULTIPLYING // mg.WARP] * slots)
+            # The copier's warps arrive and each copy; the multipliers' warps of both blocks.
+            self.barriers.initialize(4 + 2, [CLUSTER * MULTIPLYING // mg.WARP] * slots)
         if self.problem.double:
             self.copy_table()
         mg.sync_block()
+        mg.sync_cluster()
 
     def copy_table(self) -> None:
         source = mg.global_address(self.refs.scales[3])
@@ -368,6 +380,7 @@ class _Block:
 
         (multiplies, *multiply), (_, *copy) = self.roles()
         mg.branch(multiplies, lambda: start(*multiply), lambda: start(*copy))
+        mg.sync_cluster()  # the other block may still reach into this one
 
 
 @functools.cache
@@ -376,7 +389,7 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
     layout = Layout(problem, tiles, transpose, sms)
     out_types = [jax.ShapeDtypeStruct((problem.m, layout.left.outputs), problem.dtype)]
     if layout.splits:
-        sums = (layout.blocks, tiles.rows // 2, MULTIPLYING)
+        sums = (layout.clusters, CLUSTER, tiles.rows // 2, MULTIPLYING)
         out_types.append(jax.ShapeDtypeStruct(sums, jnp.float32))
 
     def qjax_matmul_large(x, packed, scales, codebook, layer, out, *rest):
@@ -384,7 +397,8 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
         refs = Operands(x, packed, scales, codebook, layer)
         flags = []
         if layout.splits:  # zero at the start of each call
-            flags = [pl.get_global(plgpu.SemaphoreType.REGULAR((layout.blocks,)))]
+            count = layout.clusters * CLUSTER * MULTIPLIERS
+            flags = [pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))]
         arguments = (refs, out, tuple(sums), tuple(flags), scratch)
         types = jax.tree.map(lambda _: plgpu.RefType(), arguments)
 
@@ -398,8 +412,10 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
     kernel = plgpu.kernel(
         qjax_matmul_large,
         out_type=out_types,
-        grid=(layout.blocks,),
-        grid_names=("block",),
+        grid=(layout.clusters,),
+        grid_names=("cluster",),
+        cluster=(CLUSTER,),
+        cluster_names=("block",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
         scratch_types=[layout.scratch()],

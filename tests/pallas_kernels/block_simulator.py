@@ -232,6 +232,10 @@ class Barriers:
     def arrive(self, slot):
         self._change(slot, 1, 0)
 
+    def arrive_at(self, slot, rank):
+        """The blocks of a cluster do the same: what one sends, it gets from the other."""
+        self._change(slot, 1, 0)
+
     def reference(self, slot):
         return self, slot
 
@@ -262,7 +266,7 @@ def copy_bulk(target, source, size, barrier):
         change(int(barrier.value[thread]), 0, -count)
 
 
-def copy_tensor(_, source, target, place, shape, barrier, swizzle):
+def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False):
     (reference, index), (barriers, slot) = target, barrier
     width = shape[1] * source.itemsize  # of a row of the box, in bytes
     assert swizzle == width in (32, 64, 128)
@@ -437,12 +441,14 @@ PRIMITIVES = {
     "Barriers": Barriers,
     "thread_index": lambda: Register(np.arange(machine.threads, dtype=np.uint32)),
     "block_index": lambda: Register(machine.block),
+    "cluster_rank": lambda: Register(machine.block % 2),
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
     "both": lambda a, b: a & b,
     "when": when,
     "branch": branch,
     "loop": loop,
     "sync_block": lambda: None,
+    "sync_cluster": lambda: None,
     "sync_warp": lambda: None,
     "shuffle": lookup_lane,
     "and_or": lambda a, b, c: (a & b) | c,
