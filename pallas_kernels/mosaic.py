@@ -447,6 +447,12 @@ def load_float(address: Int) -> ir.Value:
     return llvm.load(f32(), _pointer(address), alignment=4)
 
 
+def load_float_of_line(address: Int) -> ir.Value:
+    """Load a float of device memory whose 128-byte line will be wanted."""
+    text = "ld.global.L2::128B.f32 $0, [$1];"
+    return _asm(f32(), [address], text, "=f,l,~{memory}", effects=True)
+
+
 def load_floats(address: Int, count: int) -> list[ir.Value]:
     """Load 1, 2 or a multiple of 4 consecutive floats, aligned to that width."""
     if count == 1:
@@ -622,6 +628,12 @@ def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
     """Copy `size` bytes to shared memory, counted by a barrier; all in multiples of 16 bytes."""
     text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
+
+
+def prefetch(source: Int, size: Int) -> None:
+    """Bring `size` bytes of device memory to the L2 cache; both in multiples of 16."""
+    text = "cp.async.bulk.prefetch.L2.global [$0], $1;"
+    _asm(None, [source, size], text, "l,r,~{memory}", effects=True)
 
 
 def copy_tensor(

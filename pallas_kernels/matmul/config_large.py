@@ -19,25 +19,34 @@ class LargeTiles:
     split: int = 8
 
 
-# Microseconds of a step of 64 along the contraction, by measurement on an H100 (SXM).
-LARGE_STEP_US = {
-    LargeTiles(256, 5, 8): 0.70,
-    LargeTiles(256, 5, 0): 0.70,
-    LargeTiles(128, 6, 8): 0.40,
-    LargeTiles(192, 5, 8): 0.55,
-}
-_LARGE_TILE_US = 2.0  # a tile beside its steps: filling the ring, writing the result
+LARGE_TILES = (
+    LargeTiles(256, 5, 0),
+    LargeTiles(256, 5, 2),
+    LargeTiles(256, 5, 4),
+    LargeTiles(256, 5, 8),
+    LargeTiles(128, 8, 0),
+    LargeTiles(128, 8, 2),
+)
+# Microseconds, by measurement on an H100 (SXM): of a step, by the tile's rows of x; of a launch;
+# of a tile's start and result; of leaving a sum and of adding one.
+_STEP_US = {256: 0.69, 128: 0.40}
+_LAUNCH_US, _TILE_US, _SUM_US = 3.0, 2.5, 3.0
 
 
 def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int) -> float:
     """Estimated microseconds of `mosaic_large`."""
-    waves = math.ceil(math.ceil(outputs / 128) * math.ceil(m / tiles.rows) / sms)
-    return waves * (contracted / 64 * LARGE_STEP_US[tiles] + _LARGE_TILE_US)
+    count = math.ceil(outputs / 256) * math.ceil(m / tiles.rows)  # a cluster's, of two blocks
+    steps = math.ceil(contracted / 128) * 2
+    clusters = min(sms // 2, count * max(1, tiles.split))
+    share = count / clusters if tiles.split else math.ceil(count / clusters)
+    sums = max(1, clusters / count) if tiles.split else 0
+    step = _STEP_US[tiles.rows]
+    return _LAUNCH_US + share * steps * step + math.ceil(share) * _TILE_US + sums * _SUM_US
 
 
 def choose_large(m: int, outputs: int, contracted: int, sms: int) -> LargeTiles:
     """The tiles of the least estimated time."""
-    return min(LARGE_STEP_US, key=lambda t: large_time(t, m, outputs, contracted, sms))
+    return min(LARGE_TILES, key=lambda t: large_time(t, m, outputs, contracted, sms))
 
 
 def decoded_time(m: int, n: int, k: int) -> float:

@@ -179,24 +179,31 @@ class _Block:
         if self.problem.stacked:
             layer = mg.load_word(mg.global_address(self.refs.layer))
         bases = [mg.global_address(ref) for ref in self.refs.scales]
+        packed = mg.global_address(self.refs.packed)
+        packed = packed + layer.wide() * (self.problem.n * self.problem.k // 2)
         offset = None
         if self.problem.double:
             offset = mg.load_float(bases[2] + (layer << 2).wide())
+
+        def copy_tiles(p: mg.Int) -> None:
+            with mg.when(thread.equals(0)):
+                self.copy_tiles(p, layer)
 
         def load(p: mg.Int) -> list:
             output0, _, step = self.place(p.at_most(count - 1))
             return self.left.load_scales(bases, layer, thread, output0, step)
 
         def load_group(first: mg.Int) -> list:
+            output0, _, step = self.place(first.at_most(count - 1))
+            self.left.prefetch(packed, thread, output0, step)
             return [value for i in range(COPY_GROUP) for value in load(first + i)]
 
         def fill(p: mg.Int, raw: list) -> None:
+            slot = p % self.tiles.slots
             with mg.when(mg.Int(self.tiles.slots - 1) < p):
                 self.wait_free(p)
-            output0, row0, step = self.place(p)
-            slot = p % self.tiles.slots
-            with mg.when(thread.equals(0)):
-                self.copy_tiles(slot, output0, row0, step, layer)
+                copy_tiles(p)
+            output0, _, step = self.place(p)
             target = self.scales + slot * (4 * self.left.scale_words)
             values = self.left.decode_scales(raw, self.table, offset)
             places = self.left.scales(thread, output0, step)
@@ -215,11 +222,14 @@ class _Block:
                     fill(first + j, raw[j * each : (j + 1) * each])
             return upcoming
 
+        mg.loop(count.at_most(self.tiles.slots), [], lambda p, _: copy_tiles(p) or [])
         groups = (count + (COPY_GROUP - 1)) // COPY_GROUP
         mg.loop(groups, load_group(mg.Int(0)), fill_group)
 
-    def copy_tiles(self, slot, output0, row0, step, layer) -> None:
-        """By one thread."""
+    def copy_tiles(self, p: mg.Int, layer: mg.Int) -> None:
+        """By one thread: start the copies of a step."""
+        output0, row0, step = self.place(p)
+        slot = p % self.tiles.slots
         start, barrier = [row0, step * STEP], self.barriers.reference(slot)
         target, shape = mg.element(self.scratch["x"], slot), (self.tiles.rows, STEP)
         mg.copy_tensor(self.context, self.refs.x, target, start, shape, barrier, 128, shared=True)
@@ -239,23 +249,29 @@ class _Block:
         first_tile = self.first // units
         count = (self.end - 1) // units - first_tile + 1
 
-        def segment(i: mg.Int, _: list) -> list:
+        def segment(i: mg.Int, a: list) -> list:
             tile = first_tile + i
             head, tail = tile * units, (tile + 1) * units
             begins, ends = self.first < head + 1, tail < self.end + 1
             start = mg.select(begins, head, self.first)
             stop = tail.at_most(self.end)
-            acc = self.product(start - self.first << 1, stop - start)
+            acc, a = self.product(start - self.first << 1, stop - start, a)
             if not self.layout.splits:
                 self.write(acc, tile)
-                return []
+                return a
             last = self.layout.cluster_of(tail - 1)
             others = mg.select(begins, mg.select(ends, mg.Int(0), last - self.cluster), 0)
             acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, self.cluster + 1 + j))
             mg.branch(begins, lambda: self.write(acc, tile), lambda: self.write_sum(acc))
-            return []
+            return a
 
-        mg.loop(count, [], segment)
+        with mg.when(self.at.warpgroup.equals(1)):
+            self.sync_start()
+        mg.loop(count, [word.value for word in self.operand(mg.Int(0))], segment)
+
+    def sync_start(self) -> None:
+        """Let the first warpgroup lead by two steps: it stores a tile while the other multiplies."""
+        mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
 
     def operand(self, p: mg.Int) -> list[mg.Int]:
         """Wait for a step, and decode it."""
@@ -270,10 +286,10 @@ class _Block:
         x = self.x + p % self.tiles.slots * (self.tiles.rows * 2 * STEP)
         return mg.wgmma_start(acc, a, mg.swizzled_descriptor(x), 32 >> 4, self.problem.dtype)
 
-    def product(self, p0: mg.Int, units: mg.Int) -> list:
-        """The sum over some units from step p0 on."""
+    def product(self, p0: mg.Int, units: mg.Int, a: list) -> tuple[list, list]:
+        """The sum over some units from step p0 on, whose operand is `a`; the next step's operand."""
         size = self.tiles.rows // 2
-        last = p0 + (units << 1) - 1
+        last = (self.end - self.first << 1) - 1
 
         def unit(i: mg.Int, carry: list) -> list:
             acc, a = carry[:size], [mg.Int(word) for word in carry[size:]]
@@ -286,10 +302,12 @@ class _Block:
             a = self.operand((p + 2).at_most(last))  # the last is decoded again, to no effect
             acc = mg.wgmma_finish(acc, b)
             self.release(p + 1)
+            with mg.when(mg.both(p.equals(0), self.at.warpgroup.equals(0))):
+                self.sync_start()
             return acc + [word.value for word in a]
 
-        carry = [mg.zero()] * size + [word.value for word in self.operand(p0)]
-        return mg.loop(units, carry, unit)[:size]
+        carry = mg.loop(units, [mg.zero()] * size + a, unit)
+        return carry[:size], carry[size:]
 
     # Results
 

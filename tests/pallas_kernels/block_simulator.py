@@ -266,6 +266,13 @@ def copy_bulk(target, source, size, barrier):
         change(int(barrier.value[thread]), 0, -count)
 
 
+def prefetch(source, size):
+    for thread in machine.active():
+        memory, start = machine.memory(source.value[thread])
+        assert start % 16 == size.value[thread] % 16 == 0
+        assert start + int(size.value[thread]) <= len(memory)
+
+
 def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False):
     (reference, index), (barriers, slot) = target, barrier
     width = shape[1] * source.itemsize  # of a row of the box, in bytes
@@ -479,6 +486,7 @@ PRIMITIVES = {
     "shared_address": lambda ref: Register(ref.address),
     "global_address": lambda ref: Register(np.full(machine.threads, ref.address, np.uint64)),
     "load_float": lambda address: float_of(machine.load(address, 4)),
+    "load_float_of_line": lambda address: float_of(machine.load(address, 4)),
     "load_word": lambda address: Register(machine.load(address, 4).view(np.uint32)[:, 0]),
     "load_byte": lambda address: Register(machine.load(address, 1)[:, 0].astype(np.uint32)),
     "load_words": lambda address: [
@@ -491,6 +499,7 @@ PRIMITIVES = {
         + PRIMITIVES["load_floats"](address + 16, count - 4)
     ),
     "store": lambda address, value: machine.store(address, value),
+    "prefetch": prefetch,
     "copy_bulk": copy_bulk,
     "copy_tensor": copy_tensor,
     "element": lambda ref, i: (ref, i),
