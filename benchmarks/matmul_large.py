@@ -1,7 +1,7 @@
 """Time of products with many rows of x on a Hopper GPU: each tile choice, and decoding first.
 
 python benchmarks/matmul_large.py --out FILE [--shapes 4096x14336,...] [--rows 256,512,1024]
-    [--transpose] [--groups 2,4,8]
+    [--transpose]
 
 Measured as in benchmarks/matmul.py. Each tile choice is checked against the decoded product; one
 that fails to compile, or is wrong, says so and does not end the run. `bandwidth` rows are bytes
@@ -9,7 +9,6 @@ read and written by dequantize and quantize, over their time.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import pathlib
@@ -21,29 +20,26 @@ import matmul as bench
 
 import pallas_kernels
 from pallas_kernels.matmul import decoded, mosaic_large
-from pallas_kernels.matmul.config_large import LARGE_STEP_US
+from pallas_kernels.matmul.config_large import LARGE_TILES
 
 
 def product(x, ws, codes, *, function):
-    return [function(x, packed, scales, codes, block_size=bench.BLOCK) for packed, scales in ws]
+    multiply = jax.jit(functools.partial(function, block_size=bench.BLOCK))  # lowered once
+    return [multiply(x, packed, scales, codes) for packed, scales in ws]
 
 
-def functions(transpose: bool, groups: list[int]) -> dict:
+def functions(transpose: bool) -> dict:
     """Every way to multiply, by name."""
     ways = {"decoded": functools.partial(decoded.matmul, transpose=transpose)}
-    for tiles in LARGE_STEP_US:
-        for group in groups:
-            if group * tiles.decoders > mosaic_large.MIN_STEPS:
-                continue
-            config = dataclasses.replace(tiles, group=group)
-            name = f"{tiles.outputs} x {tiles.rows}, {tiles.decoders} decoders, group {group}"
-            ways[name] = functools.partial(mosaic_large.matmul, transpose=transpose, config=config)
+    for tiles in LARGE_TILES:
+        name = f"{tiles.rows} rows, split {tiles.split}"
+        ways[name] = functools.partial(mosaic_large.matmul, transpose=transpose, config=tiles)
     return ways
 
 
-def measure(k: int, n: int, m: int, transpose: bool, groups: list[int]) -> list[dict]:
+def measure(k: int, n: int, m: int, transpose: bool) -> list[dict]:
     arrays = bench.inputs(m, n if transpose else k), bench.weights(n, k, False), bench.codebook()
-    ways = functions(transpose, groups)
+    ways = functions(transpose)
 
     def build(function):
         try:
@@ -95,16 +91,14 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--shapes", default="4096x14336,14336x4096,4096x4096")
     parser.add_argument("--rows", default="256,512,1024,2048,4096,8192")
-    parser.add_argument("--groups", default="4")
     parser.add_argument("--transpose", action="store_true")
     args = parser.parse_args()
-    groups = [int(group) for group in args.groups.split(",")]
     result = {"device": jax.devices()[0].device_kind, "matmul": [], "bandwidth": []}
     for shape in args.shapes.split(","):
         k, n = map(int, shape.split("x"))
         result["bandwidth"] += bandwidth(k, n)
         for m in args.rows.split(","):
-            result["matmul"] += measure(k, n, int(m), args.transpose, groups)
+            result["matmul"] += measure(k, n, int(m), args.transpose)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

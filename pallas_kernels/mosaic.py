@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic.gpu import utils
-from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 from jax.extend.mlir.dialects import math as math_dialect
 from jax.extend.mlir.dialects import vector as vector_dialect
+
+from pallas_kernels.mosaic_int import Int, f32, i32, i64
 
 # The dialects that `jax.extend` lacks.
 llvm, gpu = utils.llvm, utils.gpu
@@ -64,85 +64,9 @@ def shared_bytes(scratch: dict) -> int:
 # Registers
 
 
-def i32() -> ir.Type:
-    """The type of a word."""
-    return ir.IntegerType.get_signless(32)
-
-
-def i64() -> ir.Type:
-    """The type of a global address."""
-    return ir.IntegerType.get_signless(64)
-
-
-def f32() -> ir.Type:
-    """The type of a float."""
-    return ir.F32Type.get()
-
-
 def element_type(dtype: jax.typing.DTypeLike) -> ir.Type:
     """The MLIR type of a JAX dtype."""
     return utils.dtype_to_ir_type(jnp.dtype(dtype))
-
-
-class Int:
-    """An unsigned 32- or 64-bit register. Comparisons give an i1 value for `when` and `select`."""
-
-    def __init__(self, value: int | ir.Value):
-        self.value = arith.constant(i32(), value) if isinstance(value, int) else value
-
-    def _operands(self, other: "int | Int") -> tuple[ir.Value, ir.Value]:
-        if isinstance(other, int):
-            return self.value, arith.constant(self.value.type, other)
-        return self.value, other.value
-
-    def __add__(self, other):
-        return Int(arith.addi(*self._operands(other)))
-
-    def __sub__(self, other):
-        return Int(arith.subi(*self._operands(other)))
-
-    def __mul__(self, other):
-        return Int(arith.muli(*self._operands(other)))
-
-    def __floordiv__(self, other):
-        return Int(arith.divui(*self._operands(other)))
-
-    def __mod__(self, other):
-        return Int(arith.remui(*self._operands(other)))
-
-    def __and__(self, other):
-        return Int(arith.andi(*self._operands(other)))
-
-    def __or__(self, other):
-        return Int(arith.ori(*self._operands(other)))
-
-    def __xor__(self, other):
-        return Int(arith.xori(*self._operands(other)))
-
-    def __lshift__(self, other):
-        return Int(arith.shli(*self._operands(other)))
-
-    def __rshift__(self, other):
-        return Int(arith.shrui(*self._operands(other)))
-
-    def __lt__(self, other) -> ir.Value:
-        return arith.cmpi(arith.CmpIPredicate.ult, *self._operands(other))
-
-    def equals(self, other) -> ir.Value:
-        """Whether they are equal, as an i1 value."""
-        return arith.cmpi(arith.CmpIPredicate.eq, *self._operands(other))
-
-    def at_most(self, other) -> "Int":
-        """The lesser."""
-        return Int(arith.minui(*self._operands(other)))
-
-    def wide(self) -> "Int":
-        """Zero-extend to 64 bits."""
-        return Int(arith.extui(i64(), self.value))
-
-    def narrow(self) -> "Int":
-        """The low 32 bits."""
-        return Int(arith.trunci(i32(), self.value))
 
 
 def thread_index() -> Int:
@@ -309,47 +233,6 @@ def permute(a: Int, b: Int, selector: Int) -> Int:
     return Int(_asm(i32(), [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"))
 
 
-def code_planes(codebook: Int, dtype: jax.typing.DTypeLike) -> list[Int]:
-    """The 16 codes of a codebook in device memory: 4 words of high bytes, 4 of low bytes."""
-    # From the half of the warp that a lane is in: what ptxas knows to be the same in all lanes, it
-    # keeps in uniform registers, to move at each use.
-    code, half = load_code(codebook), thread_index() & 16
-    codes = [shuffle(code, half + i) for i in range(16)]
-    pairs = [pack_pair(*codes[i : i + 2], dtype) for i in range(0, 16, 2)]
-    return [
-        permute(*pairs[i : i + 2], Int(selector))
-        for selector in (0x7531, 0x6420)
-        for i in range(0, 8, 2)
-    ]
-
-
-# Selectors of `decode_permuted`: pairs of neighbours in a byte (the high nibble comes first along
-# K), or of the same place in two bytes.
-ALONG_BYTES = (0x4051, 0x6273)
-ACROSS_BYTES = (0x7351, 0x6240)
-
-
-def decode_permuted(
-    word: Int, planes: Sequence[Int], pairing: tuple[int, int] = ALONG_BYTES
-) -> list[Int]:
-    """The 8 codes of a packed word as 4 pairs, without memory: 2 of each half of the word.
-
-    `planes` are those of `code_planes`. A permutation selects by 3 bits of each nibble out of 8
-    bytes, so two of them and the nibble's top bit find one of 16.
-    """
-    index = word & 0x77777777
-    choose = and_or(word >> 1, Int(0x44444444), Int(0x32103210))
-    pairs = []
-    for shift in (0, 16):
-        low_bits, top_bits = index >> shift, choose >> shift
-        high, low = (
-            permute(permute(p[0], p[1], low_bits), permute(p[2], p[3], low_bits), top_bits)
-            for p in (planes[:4], planes[4:])
-        )
-        pairs += [permute(low, high, Int(selector)) for selector in pairing]
-    return pairs
-
-
 def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> list[ir.Value]:
     """One m16n8k16 step: acc (4 floats) + a (4 words of pairs) x b (2 words of pairs)."""
     name = _ptx_name(dtype)
@@ -447,12 +330,6 @@ def load_float(address: Int) -> ir.Value:
     return llvm.load(f32(), _pointer(address), alignment=4)
 
 
-def load_float_of_line(address: Int) -> ir.Value:
-    """Load a float of device memory whose 128-byte line will be wanted."""
-    text = "ld.global.L2::128B.f32 $0, [$1];"
-    return _asm(f32(), [address], text, "=f,l,~{memory}", effects=True)
-
-
 def load_floats(address: Int, count: int) -> list[ir.Value]:
     """Load 1, 2 or a multiple of 4 consecutive floats, aligned to that width."""
     if count == 1:
@@ -496,10 +373,10 @@ def store_words(address: Int, words: Sequence[Int]) -> None:
 
 
 def load_matrices_transposed(row: Int) -> list[Int]:
-    """Load four 8 x 8 matrices of 16-bit values; word i holds rows 2 (lane % 4) + {0, 1} of the
-    i-th, column lane // 4.
+    """Load four 8 x 8 matrices of 16-bit values, transposed.
 
-    Lane 8 i + j gives the shared address of row j (16 bytes) of matrix i.
+    Lane 8 i + j gives the shared address of row j (16 bytes) of matrix i. Word i holds column
+    lane / 4 of rows 2 (lane % 4) and the next of matrix i.
     """
     text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
     result = llvm.StructType.get_literal([i32()] * 4)
@@ -536,38 +413,6 @@ def store_matrices_transposed(row: Int, words: Sequence[Int]) -> None:
     """
     text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
     _asm(None, [row, *words], text, "r,r,r,r,r,~{memory}", effects=True)
-
-
-# Values that Pallas carries between inlined bodies
-
-
-def to_vector(value: Int | ir.Value, layout: plgpu.Layout) -> FragmentedArray:
-    """An array with one element a thread, in a strided layout of vector size 1."""
-    value = value.value if isinstance(value, Int) else value
-    vector = vector_dialect.from_elements(ir.VectorType.get((1,), value.type), [value])
-    signed = False if isinstance(value.type, ir.IntegerType) else None
-    registers = np.full((1,), vector, dtype=object)
-    return FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
-
-
-def from_vector(array: FragmentedArray) -> Int | ir.Value:
-    """This thread's element of such an array."""
-    [vector] = array.registers.flat
-    return _number(vector_dialect.extract(vector, [], [0]))
-
-
-def from_scalar(array: FragmentedArray) -> Int | ir.Value:
-    """The value of a scalar, the same in every thread."""
-    return _number(array.registers.item())
-
-
-def _number(value: ir.Value) -> Int | ir.Value:
-    return Int(value) if isinstance(value.type, ir.IntegerType) else value
-
-
-def split(pair: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The elements of a vector of two."""
-    return tuple(vector_dialect.extract(pair, [], [i]) for i in range(2))
 
 
 # Asynchronous copies
@@ -628,12 +473,6 @@ def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
     """Copy `size` bytes to shared memory, counted by a barrier; all in multiples of 16 bytes."""
     text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
-
-
-def prefetch(source: Int, size: Int) -> None:
-    """Bring `size` bytes of device memory to the L2 cache; both in multiples of 16."""
-    text = "cp.async.bulk.prefetch.L2.global [$0], $1;"
-    _asm(None, [source, size], text, "l,r,~{memory}", effects=True)
 
 
 def copy_tensor(

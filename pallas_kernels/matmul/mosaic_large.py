@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded_time, large_time
-from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Lane, Rows
+from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Lane, Rows, code_planes
 from pallas_kernels.matmul.problem import Operands, Problem, describe
 
 CLUSTER = 2  # blocks
@@ -37,26 +37,32 @@ MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
 COPY_GROUP = 4  # steps whose scales are loaded together
 LAUNCH_REGISTERS = 168  # a thread's share when 384 threads start
-MULTIPLIER_REGISTERS, COPIER_REGISTERS = 240, 24
+MULTIPLIER_REGISTERS, COPIER_REGISTERS = 232, 40
 ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
 
 
 def matmul(x, packed, scales, codebook, *, block_size, transpose=False, layer=None, config=None):
     """See `pallas_kernels.matmul`. `config` are `LargeTiles`; None estimates the best."""
-    problem, operands = describe(x, packed, scales, codebook, block_size, layer)
+    problem, operands = prepare(x, packed, scales, codebook, block_size, layer)
     sms = mg.multiprocessors()
-    n, k = packed.shape[-2], 2 * packed.shape[-1]
-    outputs, contracted = (k, n) if transpose else (n, k)
-    tiles = config or choose_large(x.shape[0], outputs, contracted, sms)
-    problem = Problem(**{**vars(problem), "k": k})
+    sides = problem.n, problem.k
+    outputs, contracted = reversed(sides) if transpose else sides
+    tiles = config or choose_large(problem.m, outputs, contracted, sms)
     return build(problem, tiles, transpose, sms)(operands)
+
+
+def prepare(x, packed, scales, codebook, block_size, layer) -> tuple[Problem, Operands]:
+    """The static part of a call and its arrays, in either direction."""
+    rows = jax.ShapeDtypeStruct((x.shape[0], 2 * packed.shape[-1]), x.dtype)  # as if along K
+    problem, operands = describe(rows, packed, scales, codebook, block_size, layer)
+    return problem, operands._replace(x=x)
 
 
 def unsupported(
     x, packed, scales, codebook, *, block_size, transpose=False, layer=None
 ) -> str | None:
     """Why these arguments cannot run, or None."""
-    n, k = packed.shape[-2], 2 * packed.shape[-1]
+    n = packed.shape[-2]
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}; the kernel multiplies bfloat16 and float16"
     if block_size < 32 or block_size & (block_size - 1):
@@ -179,8 +185,6 @@ class _Block:
         if self.problem.stacked:
             layer = mg.load_word(mg.global_address(self.refs.layer))
         bases = [mg.global_address(ref) for ref in self.refs.scales]
-        packed = mg.global_address(self.refs.packed)
-        packed = packed + layer.wide() * (self.problem.n * self.problem.k // 2)
         offset = None
         if self.problem.double:
             offset = mg.load_float(bases[2] + (layer << 2).wide())
@@ -194,8 +198,6 @@ class _Block:
             return self.left.load_scales(bases, layer, thread, output0, step)
 
         def load_group(first: mg.Int) -> list:
-            output0, _, step = self.place(first.at_most(count - 1))
-            self.left.prefetch(packed, thread, output0, step)
             return [value for i in range(COPY_GROUP) for value in load(first + i)]
 
         def fill(p: mg.Int, raw: list) -> None:
@@ -245,7 +247,7 @@ class _Block:
         units = self.layout.units
         self.at = Lane(self.thread)
         codebook = mg.global_address(self.refs.codebook)
-        self.planes = mg.code_planes(codebook, self.problem.dtype)
+        self.planes = code_planes(codebook, self.problem.dtype)
         first_tile = self.first // units
         count = (self.end - 1) // units - first_tile + 1
 
@@ -270,7 +272,7 @@ class _Block:
         mg.loop(count, [word.value for word in self.operand(mg.Int(0))], segment)
 
     def sync_start(self) -> None:
-        """Let the first warpgroup lead by two steps: it stores a tile while the other multiplies."""
+        """Let the first warpgroup lead by two steps: one stores a tile while the other works."""
         mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
 
     def operand(self, p: mg.Int) -> list[mg.Int]:
@@ -287,7 +289,7 @@ class _Block:
         return mg.wgmma_start(acc, a, mg.swizzled_descriptor(x), 32 >> 4, self.problem.dtype)
 
     def product(self, p0: mg.Int, units: mg.Int, a: list) -> tuple[list, list]:
-        """The sum over some units from step p0 on, whose operand is `a`; the next step's operand."""
+        """The sum of some units, from step p0, whose operand is `a`; the next step's operand."""
         size = self.tiles.rows // 2
         last = (self.end - self.first << 1) - 1
 

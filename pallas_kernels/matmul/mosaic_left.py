@@ -1,7 +1,7 @@
 """The decoded weight as the left operand of wgmma, for `mosaic_large`: registers, not memory.
 
-A step is 64 contracted elements of 128 outputs. A lane (group g = lane / 4, quad place q = lane % 4)
-must hold, for each 16 contracted elements, the pairs 2q and 2q + 8 of two of its warpgroup's 64
+A step is 64 contracted elements of 128 outputs. A lane (group g = lane / 4, place q = lane % 4)
+must hold, of each 16 contracted elements, the pairs from 2q and 2q + 8 in two of its warpgroup's 64
 operand rows (PTX ISA, wgmma fragments). Packed bytes hold two elements along K, so the two
 directions differ:
 
@@ -10,14 +10,58 @@ directions differ:
               of 8 x 8 matrices brings the two rows to one lane. A byte holds two operand rows.
 """
 
+from collections.abc import Sequence
+
+import jax
+
 from pallas_kernels import mosaic as mg
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
 STEP = 64
 OUTPUTS = 128
-LINE = 128  # bytes: packed columns of 4 steps
 TABLE = 256  # entries of the second-level scale table
+
+
+def code_planes(codebook: mg.Int, dtype: jax.typing.DTypeLike) -> list[mg.Int]:
+    """The 16 codes of a codebook in device memory: 4 words of high bytes, 4 of low bytes."""
+    # From the half of the warp that a lane is in: what ptxas knows to be the same in all lanes, it
+    # keeps in uniform registers, to move at each use.
+    code, half = mg.load_code(codebook), mg.thread_index() & 16
+    codes = [mg.shuffle(code, half + i) for i in range(16)]
+    pairs = [mg.pack_pair(*codes[i : i + 2], dtype) for i in range(0, 16, 2)]
+    return [
+        mg.permute(*pairs[i : i + 2], mg.Int(selector))
+        for selector in (0x7531, 0x6420)
+        for i in range(0, 8, 2)
+    ]
+
+
+# Selectors of `decode_permuted`: pairs of neighbours in a byte (the high nibble comes first along
+# K), or of the same place in two bytes.
+ALONG_BYTES = (0x4051, 0x6273)
+ACROSS_BYTES = (0x7351, 0x6240)
+
+
+def decode_permuted(
+    word: mg.Int, planes: Sequence[mg.Int], pairing: tuple[int, int] = ALONG_BYTES
+) -> list[mg.Int]:
+    """The 8 codes of a packed word as 4 pairs, without memory: 2 of each half of the word.
+
+    `planes` are those of `code_planes`. A permutation selects by 3 bits of each nibble out of 8
+    bytes, so two of them and the nibble's top bit find one of 16.
+    """
+    index = word & 0x77777777
+    choose = mg.and_or(word >> 1, mg.Int(0x44444444), mg.Int(0x32103210))
+    pairs = []
+    for shift in (0, 16):
+        low_bits, top_bits = index >> shift, choose >> shift
+        high, low = (
+            mg.permute(mg.permute(p[0], p[1], low_bits), mg.permute(p[2], p[3], low_bits), top_bits)
+            for p in (planes[:4], planes[4:])
+        )
+        pairs += [mg.permute(low, high, mg.Int(selector)) for selector in pairing]
+    return pairs
 
 
 class Lane:
@@ -51,7 +95,7 @@ class _Left:
             block = (column // problem.block_size).at_most(problem.blocks - 1)
             flat = (layer.wide() * problem.n + row.wide()) * problem.blocks + block.wide()
             if not problem.double:
-                out.append(mg.load_float_of_line(bases[0] + (flat << 2)))
+                out.append(mg.load_float(bases[0] + (flat << 2)))
                 continue
             _, absmax, _, _, origin = bases
             position = (row + mg.load_word(origin)) * problem.pitch
@@ -85,18 +129,6 @@ class Rows(_Left):
         """The weight row and packed column of a step."""
         return [output0, step * (STEP // 2)]
 
-    def prefetch(self, base: mg.Int, thread: mg.Int, output0: mg.Int, step: mg.Int) -> None:
-        """Bring a line of a row's packed bytes to the L2 cache.
-
-        A copy reads 32 bytes of each row, less than device memory is good at.
-        """
-        row, row_bytes = (output0 + thread).at_most(self.problem.n - 1), self.problem.k // 2
-        start = step * (STEP // 2)
-        size = mg.Int(row_bytes) - start.at_most(row_bytes)
-        with mg.when(mg.Int(0) < size):
-            source = base + row.wide() * row_bytes + start.wide()
-            mg.prefetch(source, size.at_most(LINE))
-
     def scales(self, thread, output0, step):
         """See `_Left`; a scale is stored as a pair, for its operand row."""
         return [
@@ -113,19 +145,24 @@ class Rows(_Left):
         packed, twist = packed + (row << 5), row >> 2 & 1  # the swizzle
         rows = []
         for start in (packed, packed + 8 * 32):
-            chunks = [mg.load_words(start + (twist << 4)), mg.load_words(start + ((twist ^ 1) << 4))]
+            chunks = [
+                mg.load_words(start + (twist << 4)),
+                mg.load_words(start + ((twist ^ 1) << 4)),
+            ]
             rows.append(chunks[0] + chunks[1])
         upper, lower = rows
         scales = scales + (row << 2)
         starts = range(0, 4 * self.scale_words, 4 * OUTPUTS)
-        pairs = [[mg.load_word(scales + start + 32 * half) for half in range(2)] for start in starts]
+        pairs = [
+            [mg.load_word(scales + start + 32 * half) for half in range(2)] for start in starts
+        ]
         own_bytes = at.quad * 0x11 + 0x40  # byte q of two words
         a = []
         for i in range(4):
             two = slice(2 * i, 2 * i + 2)
             bytes_ = [mg.permute(*words[two], own_bytes) for words in (upper, lower)]
             word = mg.permute(*bytes_, mg.Int(0x5410))
-            values = mg.decode_permuted(word, planes)
+            values = decode_permuted(word, planes)
             upper_scale, lower_scale = pairs[16 * i // self.span]
             order = ((0, upper_scale), (2, lower_scale), (1, upper_scale), (3, lower_scale))
             a += [mg.mul_pairs(values[j], scale, self.problem.dtype) for j, scale in order]
@@ -162,9 +199,6 @@ class Columns(_Left):
         """The weight row and packed column of a step."""
         return [step * STEP, output0 // 2]
 
-    def prefetch(self, base: mg.Int, thread: mg.Int, output0: mg.Int, step: mg.Int) -> None:
-        """Nothing: the blocks of a cluster read whole lines together."""
-
     def scales(self, thread, output0, step):
         """See `_Left`; a lane's 16 rows lie together, two in a word."""
         row = thread & 63
@@ -191,7 +225,7 @@ class Columns(_Left):
         a = []
         for i in range(0, 8, 2):
             word = mg.permute(pairs[i], pairs[i + 1], own_bytes)
-            values = mg.decode_permuted(word, planes, mg.ACROSS_BYTES)
+            values = decode_permuted(word, planes, ACROSS_BYTES)
             for value, scale in zip(values, (scales[i],) * 2 + (scales[i + 1],) * 2):
                 a.append(mg.mul_pairs(value, scale, self.problem.dtype))
         return a

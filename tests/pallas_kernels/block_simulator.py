@@ -202,6 +202,16 @@ class Phase:
         if self.pending == 0 and self.bytes == 0:
             self.completed, self.pending = self.completed + 1, self.arrivals
 
+    def wait(self, parity) -> bool:
+        """Whether the phase of this parity completes while other roles may still act."""
+
+        def done():
+            return self.completed % 2 != parity
+
+        with machine.changed:
+            machine.changed.wait_for(lambda: done() or not machine.patience, machine.patience)
+        return done()
+
 
 class Barriers:
     """Stands for `mosaic.Barriers`."""
@@ -243,12 +253,7 @@ class Barriers:
         address = self.address(slot)
         for thread in machine.active():
             phase, odd = machine.barriers[int(address.value[thread])], parity.value[thread]
-            with machine.changed:
-                machine.changed.wait_for(
-                    lambda: phase.completed % 2 != odd or not machine.patience,
-                    timeout=machine.patience,
-                )
-            assert phase.completed % 2 != odd, "waits for ever"
+            assert phase.wait(odd), "waits for ever"
 
 
 def change(address, arrivals, size):
@@ -264,13 +269,6 @@ def copy_bulk(target, source, size, barrier):
         assert start % 16 == place % 16 == count % 16 == 0 and start + count <= len(memory)
         machine.shared[place : place + count] = memory[start : start + count]
         change(int(barrier.value[thread]), 0, -count)
-
-
-def prefetch(source, size):
-    for thread in machine.active():
-        memory, start = machine.memory(source.value[thread])
-        assert start % 16 == size.value[thread] % 16 == 0
-        assert start + int(size.value[thread]) <= len(memory)
 
 
 def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False):
@@ -486,7 +484,6 @@ PRIMITIVES = {
     "shared_address": lambda ref: Register(ref.address),
     "global_address": lambda ref: Register(np.full(machine.threads, ref.address, np.uint64)),
     "load_float": lambda address: float_of(machine.load(address, 4)),
-    "load_float_of_line": lambda address: float_of(machine.load(address, 4)),
     "load_word": lambda address: Register(machine.load(address, 4).view(np.uint32)[:, 0]),
     "load_byte": lambda address: Register(machine.load(address, 1)[:, 0].astype(np.uint32)),
     "load_words": lambda address: [
@@ -499,7 +496,6 @@ PRIMITIVES = {
         + PRIMITIVES["load_floats"](address + 16, count - 4)
     ),
     "store": lambda address, value: machine.store(address, value),
-    "prefetch": prefetch,
     "copy_bulk": copy_bulk,
     "copy_tensor": copy_tensor,
     "element": lambda ref, i: (ref, i),
