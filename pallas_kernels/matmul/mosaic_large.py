@@ -63,6 +63,8 @@ def unsupported(
 ) -> str | None:
     """Why these arguments cannot run, or None."""
     n = packed.shape[-2]
+    if not x.shape[0]:
+        return "x has no rows"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}; the kernel multiplies bfloat16 and float16"
     if block_size < 32 or block_size & (block_size - 1):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, matmul
+from pallas_kernels.matmul import decoded as decode_first
 from pallas_kernels.matmul import mosaic_large
 from pallas_kernels.matmul.config_large import LARGE_TILES, LargeTiles
 from pallas_kernels.matmul.problem import Problem
@@ -109,6 +110,7 @@ def test_shares_cover_the_work_once_and_wait_for_earlier_blocks():
     [
         ((4, 100, 64, 32, "bfloat16"), "N is 100; the kernel needs a multiple of 8"),
         ((4, 64, 48, 16, "bfloat16"), "block_size is 16; the kernel needs a power of two from 32"),
+        ((0, 64, 64, 32, "bfloat16"), "x has no rows"),
         ((4, 64, 64, 32, "float32"), "x is float32; the kernel multiplies bfloat16 and float16"),
     ],
 )
@@ -130,6 +132,17 @@ def test_dispatch_takes_the_faster_of_fused_and_decoded(m, module):
         choice = dispatch.resolve("matmul", None, x, packed, scales, codebook, block_size=64)
     # On an H100: 47 us fused against 107 decoded at 256 rows; 1.2 times slower fused at 4096.
     assert choice.backend.module.endswith(module)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_products_with_decoded_weights_are_kept_apart():
+    """XLA:GPU merges dots that share an operand, and copies the others together for it."""
+    (x, packed, scales, codebook), how = problem(*SHAPES[0], False)
+
+    def two(x, packed, scales, codebook):
+        return [decode_first.matmul(x, packed, scales, codebook, block_size=64) for _ in range(2)]
+
+    assert lower(two, x, packed, scales, codebook).count("optimization_barrier") == 2
 
 
 @pytest.mark.gpu
