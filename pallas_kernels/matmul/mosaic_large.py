@@ -13,7 +13,7 @@ multiplied there. The product with the weight contracted along N (dX = dY @ W) d
 lane gathers its part of the packed bytes: `mosaic_left`.
 
 Two blocks make a cluster: they have neighbouring outputs and the same rows of x, and each copies
-half of them for both, for copies of x are what the L2 cache has not the bandwidth for.
+half of these for both; the L2 cache has not the bandwidth for a copy each.
 
 Clusters share the work evenly, to two steps: a share may start or end inside a tile. The one with
 the start of a tile adds the sums of the others, in order, through device memory. It waits only for
