@@ -15,7 +15,7 @@ from qjax.nn.linen_box import is_quant_box
 from qjax.nn.stack_axes import items_to_front
 from qjax.swap.linen_guess import guess_raw, guess_uses
 from qjax.swap.linen_trace import CONVOLUTION, Use, path_string, trace_uses
-from qjax.swap.policy import check_patterns, matches, skip_reason
+from qjax.swap.policy import check_patterns, glu_gates, listed, matches, skip_reason
 
 
 def plan_params(
@@ -50,7 +50,11 @@ def plan_params(
     if not uses:
         raise ValueError("params hold no kernel or embedding; contract_axes= names other weights")
     _check_include(cfg, uses)
-    plan = {path: _decide(path, leaf, uses.get(path), cfg) for path, leaf in leaves.items()}
+    gates = glu_gates({path: _shape(leaf) for path, leaf in leaves.items()})
+    plan = {
+        path: _decide(path, leaf, uses.get(path), cfg, path in gates)
+        for path, leaf in leaves.items()
+    }
     unread = [
         f"{path}: {why}" for path, why in plan.items() if path in uses and _unread(uses[path], why)
     ]
@@ -58,8 +62,9 @@ def plan_params(
     if raw:
         warnings.warn(
             "these parameters are no kernels of known layers; their axes are a guess, and a module "
-            f"that is not known decodes the whole weight at each use: {', '.join(raw)}; see "
-            "qjax.register" + ("" if module else ", and pass module= and example_args="),
+            f"that is not known decodes the whole weight at each use: {listed(raw)}; see "
+            "qjax.register"
+            + ("" if module is not None else ", and pass module= and example_args="),
             stacklevel=3,
         )
     if unread:
@@ -74,14 +79,15 @@ def leaves_by_path(params: Any) -> dict[str, Any]:
     return {path_string(path): leaf for path, leaf in leaves}
 
 
-def _decide(path: str, leaf: Any, use: Use | None, cfg: QuantConfig) -> Use | str:
+def _decide(path: str, leaf: Any, use: Use | None, cfg: QuantConfig, is_glu: bool) -> Use | str:
     if is_quant_box(leaf):
         return "it is in 4 bits already"
     if use is None:
         return "not a kernel"
     slice_shape = items_to_front(_shape(leaf), use.stack_axes)[use.batch_ndim :]
     out = [size for i, size in enumerate(slice_shape) if i not in use.contract_axes]
-    reason = skip_reason(path, cfg, role=use.role, out_size=math.prod(out))
+    out_size = math.inf if is_glu else math.prod(out)
+    reason = skip_reason(path, cfg, role=use.role, out_size=out_size)
     return reason or use.problem or use
 
 

@@ -18,7 +18,7 @@ from qjax.nn.nnx_layer import quantize_weight, stacked_ndim
 from qjax.nn.nnx_param import NOTE, QuantParam
 from qjax.swap.nnx_find import Found, layer_class
 from qjax.swap.nnx_raw import Raw, find_weights
-from qjax.swap.policy import check_patterns, matches, skip_reason
+from qjax.swap.policy import check_patterns, glu_gates, listed, matches, skip_reason
 
 DEFAULT = QuantConfig()
 _DECODED = "decoded at each use: its layer has code or a product of its own"
@@ -76,7 +76,7 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
     if decoded:
         warnings.warn(
             "these layers have code or products of their own, and decode their whole 4-bit weight "
-            f"at each call: {', '.join(decoded)}; see qjax.register",
+            f"at each call: {listed(decoded)}; see qjax.register",
             stacklevel=2,
         )
     return model
@@ -84,7 +84,8 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
 
 def _reasons(found: list[Found | Raw], cfg: QuantConfig) -> dict[str, str | None]:
     """Return, for each weight's path, why it stays as it is, or None."""
-    reasons = {f.weight_path: _reason(f, cfg) for f in found}
+    gates = glu_gates({f.weight_path: tuple(f.weight.shape) for f in found})
+    reasons = {f.weight_path: _reason(f, cfg, f.weight_path in gates) for f in found}
     sharing = defaultdict(list)
     for f in found:
         sharing[id(f.weight)].append(f)
@@ -119,13 +120,14 @@ def _note_convolutions(model: nnx.Module) -> None:
             module.kernel.set_metadata(NOTE, "convolutions are kept")
 
 
-def _reason(f: Found | Raw, cfg: QuantConfig) -> str | None:
+def _reason(f: Found | Raw, cfg: QuantConfig, is_glu: bool) -> str | None:
     try:
         axes = f.axes()
         stacked_ndim(tuple(f.weight.shape), axes, f.weight_path)
     except (ValueError, AttributeError) as error:  # a subclass may lack Flax's attributes
         return skip_reason(f.weight_path, cfg) or str(error)
-    return skip_reason(f.weight_path, cfg, role=f.role, out_size=math.prod(axes.out_shape))
+    out_size = math.inf if is_glu else math.prod(axes.out_shape)
+    return skip_reason(f.weight_path, cfg, role=f.role, out_size=out_size)
 
 
 def _quantize(f: Found | Raw, cfg: QuantConfig, shared: dict[int, QuantParam]) -> None:

@@ -47,8 +47,8 @@ def _floated(model: nnx.Module, dtype: Any, merge: bool) -> nnx.Module:
     for f in find_weights(model):
         if f.weight_path not in paths:
             continue
-        old, merging = f.weight, merge and f.is_adapted
-        if merging:
+        old = f.weight
+        if merge and f.is_adapted:
             new = _param(f.merged(dtype), old)
         else:
             if id(old) not in shared:

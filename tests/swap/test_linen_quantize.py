@@ -48,12 +48,10 @@ def axes_of(tree):
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("cls, prefixes", [(Loop, ["layer_0", "layer_1"]), (Scanned, ["layers"])])
 def test_axes_are_the_same_guessed_and_traced(cls, prefixes, use_bias):
-    # The gates here have 128 outputs, as few as a router's: they are asked for by name.
-    cfg = qjax.QuantConfig(block_size=32, double_quant=False, include="layer")
     model, params, ids = make(cls, use_bias=use_bias, abstract=True)
     expected = expected_axes(prefixes, int(cls is Scanned))
-    guessed = qjax.quantize_params(params, cfg)
-    traced = qjax.quantize_params(params, cfg, module=model, example_args=(ids,))
+    guessed = qjax.quantize_params(params, CFG)
+    traced = qjax.quantize_params(params, CFG, module=model, example_args=(ids,))
     assert axes_of(guessed) == axes_of(traced) == expected
     assert jax.tree.structure(guessed) == jax.tree.structure(traced)
 
@@ -61,13 +59,22 @@ def test_axes_are_the_same_guessed_and_traced(cls, prefixes, use_bias):
 def test_defaults_keep_embeddings_head_norms_and_routers():
     _, params, _ = make(Loop, abstract=True)
     quantized = qjax.quantize_params(params, CFG)
-    assert set(boxes(quantized)) == {
-        path
-        for path in expected_axes(["layer_0", "layer_1"], 0)
-        if "gate" not in path  # few outputs: could be a router
-    }
+    assert set(boxes(quantized)) == set(expected_axes(["layer_0", "layer_1"], 0))
     for name in ("embed", "lm_head", "norm"):
         assert quantized[name] == params[name]
+
+
+def test_a_gate_with_few_outputs_routes_unless_a_layer_beside_it_has_its_shape():
+    def kernels(**widths):
+        return {
+            name: {"kernel": jax.ShapeDtypeStruct((64, width), jnp.float32)}
+            for name, width in widths.items()
+        }
+
+    params = {"mlp": kernels(gate=128, up=128), "moe": kernels(gate=8, up=128)}
+    assert set(boxes(qjax.quantize_params(params, CFG))) == {
+        *("mlp/gate/kernel", "mlp/up/kernel", "moe/up/kernel")
+    }
 
 
 def test_values_are_those_of_quantize():
