@@ -455,6 +455,10 @@ class Barriers:
         )
         _asm(None, [self.address(slot), rank], text, "r,r,~{memory}", effects=True)
 
+    def arrive(self, slot: Int) -> None:
+        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
+        _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
+
     def reference(self, slot: Int) -> utils.BarrierRef:
         """The same for `copy_tensor`."""
         return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
@@ -509,12 +513,6 @@ def copy_tensor(
 def element(ref: ir.Value, i: Int) -> ir.Value:
     """The slice ref[i] of a reference in shared memory."""
     return utils.memref_slice(ref, arith.index_castui(ir.IndexType.get(), i.value))
-
-
-def count_arrival(counter: Int) -> Int:
-    """Add one to a shared counter and give its earlier value, ordering what came before."""
-    text = "atom.acq_rel.cta.shared.add.u32 $0, [$1], 1;"
-    return Int(_asm(i32(), [counter], text, "=r,r,~{memory}", effects=True))
 
 
 # The pair table: byte value -> its two codes as a 16-bit pair
