@@ -455,10 +455,6 @@ class Barriers:
         )
         _asm(None, [self.address(slot), rank], text, "r,r,~{memory}", effects=True)
 
-    def arrive(self, slot: Int) -> None:
-        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
-        _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
-
     def reference(self, slot: Int) -> utils.BarrierRef:
         """The same for `copy_tensor`."""
         return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
