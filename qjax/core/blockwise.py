@@ -1,5 +1,6 @@
 """quantize: a float weight to a QTensor, slice by slice."""
 
+import dataclasses
 import functools
 import math
 
@@ -67,6 +68,14 @@ def quantize(
     slice_shape = tuple(w.shape[batch_ndim:])
     layout = layout_for(math.prod(slice_shape[i] for i in axes), cfg.block_size)
     return QTensor(packed, scales, slice_shape, dtype, cfg.format, cfg.block_size, axes, layout)
+
+
+def quantize_like(w: jax.Array, q: QTensor, name: str = "w") -> QTensor:
+    """Quantize w, of any floating dtype, in the format, blocks and logical dtype of q."""
+    cfg = QuantConfig(q.format, q.block_size, q.double_quant)
+    batch_ndim = w.ndim - len(q.slice_shape)
+    new = quantize(w, cfg, q.contract_axes, batch_ndim=batch_ndim, name=name)
+    return dataclasses.replace(new, dtype=q.dtype)
 
 
 def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:

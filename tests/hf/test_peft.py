@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import qjax.hf
 from qjax.nn.lora import LoraConfig
-from qjax.swap.nnx import add_lora
+from qjax.swap.nnx_lora import add_lora
 from tests.models.golden import FOLDER, TOLERANCE, error, reference, write_bnb
 from tests.models.test_families import forward
 
