@@ -80,17 +80,17 @@ def qtensor_like(read: Read, name: str, parts: Collection[str]) -> QTensor:
         contract_axes=(0,),
         layout=layout_for(fan_in, block),
     )
+    abstract: Any = jax.ShapeDtypeStruct
     packed, scales = array_shapes(q)
+    first = abstract(scales, np.float32)
     if "nested_offset" in state:
         groups = -(-math.prod(scales) // SECOND_LEVEL_BLOCK)
-        first: Any = DoubleQuant(
-            codes=jax.ShapeDtypeStruct(scales, np.uint8),
-            absmax=jax.ShapeDtypeStruct((groups,), np.float32),
-            offset=jax.ShapeDtypeStruct((), np.float32),
+        first = DoubleQuant(
+            codes=abstract(scales, np.uint8),
+            absmax=abstract((groups,), np.float32),
+            offset=abstract((), np.float32),
         )
-    else:
-        first = jax.ShapeDtypeStruct(scales, np.float32)
-    return dataclasses.replace(q, packed=jax.ShapeDtypeStruct(packed, np.uint8), scales=first)
+    return dataclasses.replace(q, packed=abstract(packed, np.uint8), scales=first)
 
 
 def read_qtensor(read: Read, name: str, parts: Collection[str]) -> QTensor:

@@ -2,20 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
 from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
-from qjax.hf.extras import require
 from qjax.hf.gguf import GGUFFile
+from qjax.hf.hub import locate
 from qjax.hf.safetensors import SafetensorsFolder
 from qjax.hf.skeleton import Item, skeleton
 from qjax.hf.streaming import Checkpoint, read_float, read_packed, read_quantized
+from qjax.models.base import Pretrained
 
 
 def from_pretrained(
@@ -25,7 +24,7 @@ def from_pretrained(
     dtype=None,
     scan_layers: bool = False,
     progress: bool = True,
-) -> nnx.Module:
+) -> Pretrained:
     """Load a language model, in floating point or in 4 bits.
 
     Each tensor is read, and quantized on the device, before the next: what is held is the model as
@@ -73,14 +72,5 @@ def _read(source: Checkpoint, item: Item):
 
 def open_checkpoint(path_or_id) -> Checkpoint:
     """Open a folder, a .gguf file or a model of the hub; nothing but its head is read."""
-    path = Path(path_or_id).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return GGUFFile(path)
-    if path.is_dir():
-        return SafetensorsFolder(path)
-    name = str(path_or_id)
-    if path.exists() or path.is_absolute() or name.count("/") != 1 or name.startswith("."):
-        raise ValueError(f"path_or_id={name!r} is no model folder, .gguf file or hub id")
-    hub = require("huggingface_hub", "hf")
-    files = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    return SafetensorsFolder(Path(hub.snapshot_download(name, allow_patterns=files)))
+    path = locate(path_or_id)
+    return SafetensorsFolder(path) if path.is_dir() else GGUFFile(path)

@@ -36,7 +36,7 @@ def skeleton(
     config: QuantConfig | Mapping[str, Any] | None = None,
     dtype: Any = None,
     scan_layers: bool = False,
-) -> tuple[nnx.Module, list[Item]]:
+) -> tuple[Any, list[Item]]:
     """Return the model with abstract arrays, its layers in 4 bits where they will be, and a plan.
 
     The arguments are those of `from_pretrained`. Of the tensors only the quant_states are read.
