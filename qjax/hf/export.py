@@ -43,7 +43,7 @@ def save_pretrained(
         layout: "bitsandbytes" writes 4-bit weights as they are, byte for byte what transformers
             with bitsandbytes writes; experts, for which it has no layout, are decoded. Adapters
             are left out. "float" decodes all weights, and merges adapters into theirs.
-        dtype: of float weights; None keeps each one's own.
+        dtype: of float weights; None keeps the model's.
         config: the config.json to write, for a model that was not loaded from a folder.
         max_shard_size: bytes in a file before another is begun.
 
@@ -56,8 +56,7 @@ def save_pretrained(
     known = family(data)
     if layout == "bitsandbytes":
         data["quantization_config"] = _bnb_config(model, known)
-    if dtype is not None:
-        data["dtype" if "torch_dtype" not in data else "torch_dtype"] = jnp.dtype(dtype).name
+    _name_dtype(data, model.dtype if dtype is None else jnp.dtype(dtype))
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, _tensors(model, known, layout, dtype), max_shard_size)
@@ -73,6 +72,13 @@ def _config_json(model: Pretrained, config: Mapping[str, Any] | None) -> dict[st
     data = dict(json.loads(text or "{}") if config is None else config)
     data.pop("quantization_config", None)
     return data
+
+
+def _name_dtype(data: dict[str, Any], dtype) -> None:
+    """Have config.json say the dtype, under the key it has; float32 need not be said."""
+    key = "torch_dtype" if "torch_dtype" in data else "dtype"
+    if data.get(key, "float32") != dtype.name:
+        data[key] = dtype.name
 
 
 def _bnb_config(model: Pretrained, known: Family) -> dict[str, Any]:

@@ -67,9 +67,11 @@ class GGUFFile:
             return _half_rotation(weight, c.num_attention_heads if query else c.num_key_value_heads)
         return weight
 
-    def read_packed(self, name: str) -> QTensor:
+    def packed_like(self, name: str) -> QTensor:
         """Never called: there is nothing in `packed`."""
         raise KeyError(name)
+
+    read_packed = packed_like
 
     def _decode(self, name: str) -> np.ndarray:
         tensor = self._stored[name]

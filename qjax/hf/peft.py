@@ -21,7 +21,7 @@ from qjax.hf.extras import write_whole
 from qjax.hf.families import family
 from qjax.hf.layout import arrays, stored
 from qjax.hf.safetensors import read_json
-from qjax.models import Seq2SeqLM
+from qjax.models import MaskedLM, Seq2SeqLM
 from qjax.models.base import Pretrained
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_layer import LoraLayer
@@ -121,13 +121,20 @@ def save_adapter(model: Pretrained, path, *, base_model: str | None = None) -> N
     data = _config_json(configs, set(targets)) | {
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": family(json.loads(model.config_json or "{}")).conv1d,
-        "task_type": "SEQ_2_SEQ_LM" if isinstance(model, Seq2SeqLM) else "CAUSAL_LM",
+        "task_type": _task_type(model),
     }
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _WEIGHTS, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
     text = json.dumps(data, indent=2, sort_keys=True)
     write_whole(folder / _CONFIG, lambda f: f.write_text(text, encoding="utf-8"))
+
+
+def _task_type(model: Pretrained) -> str | None:
+    """Return what PEFT wraps the model as; for a masked language model it has only None."""
+    if isinstance(model, MaskedLM):
+        return None
+    return "SEQ_2_SEQ_LM" if isinstance(model, Seq2SeqLM) else "CAUSAL_LM"
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qjax.core.qtensor import QTensor
-from qjax.hf.bitsandbytes import packed_weights, read_int8, read_qtensor
+from qjax.hf.bitsandbytes import packed_weights, qtensor_like, read_int8, read_qtensor
 from qjax.hf.bnb_config import BnbConfig, read_bnb_config
 from qjax.hf.families import Family, family
 
@@ -82,6 +82,10 @@ class SafetensorsFolder:
         if name in self._scales:
             return self._explain(read_int8, name, self._scales[name])
         return self._read(name)
+
+    def packed_like(self, name: str) -> QTensor:
+        """Return a 4-bit weight of bitsandbytes as a QTensor [in, out] of abstract arrays."""
+        return self._explain(qtensor_like, name, self.packed[name])
 
     def read_packed(self, name: str) -> QTensor:
         """Return a 4-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""

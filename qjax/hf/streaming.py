@@ -34,19 +34,30 @@ def read_float(source: Checkpoint, where: Stored, shape: tuple[int, ...], dtype:
     return jnp.asarray(np.stack(values).reshape(shape), dtype)
 
 
-def read_packed(source: Checkpoint, where: Stored, shape: tuple[int, ...]) -> QTensor:
-    """Read a weight of which the checkpoint holds 4-bit bytes, as they are."""
+def packed_like(source: Checkpoint, where: Stored, shape: tuple[int, ...]) -> QTensor:
+    """Describe a weight of which the checkpoint holds 4-bit bytes: a QTensor of abstract arrays."""
     each = shape[len(where.stack) :]
     found = []
     for name in where.names:
-        q = source.read_packed(name)
-        if q.shape != each:
+        q = source.packed_like(name)
+        if q.slice_shape != each:
             raise ValueError(
-                f"{source.path}: 4-bit tensor {name!r} has shape {list(q.shape[::-1])}, "
+                f"{source.path}: 4-bit tensor {name!r} has shape {list(q.slice_shape[::-1])}, "
                 f"its config says {list(each[::-1])}"
             )
         found.append(q)
-    return _stack(found, where.stack, source)
+    if len(set(map(jax.tree.structure, found))) > 1:
+        raise ValueError(
+            f"{source.path}: 4-bit weights of different formats cannot be stacked; "
+            "load with scan_layers=False"
+        )
+    stack = where.stack
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((*stack, *a.shape), a.dtype), found[0])
+
+
+def read_packed(source: Checkpoint, where: Stored) -> QTensor:
+    """Read a weight of which the checkpoint holds 4-bit bytes, as they are."""
+    return _stack([source.read_packed(name) for name in where.names], where.stack)
 
 
 def read_quantized(source: Checkpoint, where: Stored, like: QTensor) -> QTensor:
@@ -66,7 +77,7 @@ def read_quantized(source: Checkpoint, where: Stored, like: QTensor) -> QTensor:
         if where.transposed:  # the same bytes, described the other way round
             q = dataclasses.replace(q, slice_shape=q.slice_shape[::-1], contract_axes=(0,))
         found.append(jax.block_until_ready(q))
-    return _stack(found, where.stack, source)
+    return _stack(found, where.stack)
 
 
 def _read(source: Checkpoint, name: str, where: Stored, each: tuple[int, ...]) -> np.ndarray:
@@ -82,12 +93,7 @@ def _read(source: Checkpoint, name: str, where: Stored, each: tuple[int, ...]) -
     return value
 
 
-def _stack(found: Sequence[QTensor], stack: tuple[int, ...], source: Checkpoint) -> QTensor:
+def _stack(found: Sequence[QTensor], stack: tuple[int, ...]) -> QTensor:
     if not stack:
         return found[0]
-    if len({jax.tree.structure(q) for q in found}) > 1:
-        raise ValueError(
-            f"{source.path}: 4-bit weights of different formats cannot be stacked; "
-            "load with scan_layers=False"
-        )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*stack, *leaves[0].shape), *found)

@@ -107,6 +107,13 @@ def test_a_new_adapter_of_ours_is_read_back(tmp_path):
         np.testing.assert_array_equal(a[...], b[...])
 
 
+def test_an_adapter_of_bert_names_no_task(tmp_path):
+    # PEFT wraps any model for None; for "CAUSAL_LM" it asks for what BERT has not.
+    model = add_lora(load("bert"), LoraConfig(rank=2, include="up_proj"), rngs=nnx.Rngs(0))
+    qjax.hf.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
+
+
 def test_the_gradient_is_of_the_adapter_alone(tmp_path):
     model = qjax.hf.from_pretrained(write_bnb("gpt2", tmp_path))
     qjax.hf.load_adapter(model, FOLDER / "gpt2" / "adapter_lora")
