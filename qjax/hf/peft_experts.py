@@ -75,7 +75,7 @@ def fuse(parameter: Fused) -> tuple[LoraConfig, Part]:
         a = np.concatenate(firsts, axis=-1)
         b = np.zeros((count, a.shape[-1], sum(widths)), a.dtype)
         columns = np.cumsum([0, *widths])
-        for i, part in enumerate(parts):
+        for i, part in enumerate(filter(None, parts)):
             b[:, i * rank : (i + 1) * rank, columns[i] : columns[i + 1]] = part.b
         grown = a.shape[-1] / rank
         alpha = config.alpha * (grown**0.5 if config.rslora else grown)

@@ -26,8 +26,12 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, layer: Any, index: tuple[int, ...]) -> "Part":
         """Take the adapter of a layer, at an index of its stacked axes."""
-        arrays = (layer.lora_a, layer.lora_b, layer.lora_magnitude)
-        return cls(*(None if a is None else np.asarray(a[...])[index] for a in arrays))
+        magnitude = layer.lora_magnitude
+        return cls(
+            np.asarray(layer.lora_a[...])[index],
+            np.asarray(layer.lora_b[...])[index],
+            None if magnitude is None else np.asarray(magnitude[...])[index],
+        )
 
     @classmethod
     def read(
@@ -40,10 +44,9 @@ class Part(NamedTuple):
         """
         rank = config.rank
         a, b, magnitude = (half.get(part) for part in ("A", "B", "magnitude_vector"))
-        fits = a is not None and b is not None and a.ndim == b.ndim == 2
-        fits = fits and a.shape[0] == rank and b.shape[1] == rank
-        if not fits:
-            shapes = {part: list(value.shape) for part, value in sorted(half.items())}
+        shapes = {part: list(value.shape) for part, value in sorted(half.items())}
+        sizes = [len(shapes.get(part, ())) == 2 for part in "AB"]
+        if a is None or b is None or not all(sizes) or (a.shape[0], b.shape[1]) != (rank, rank):
             raise ValueError(
                 f"{folder}: {name!r} has {shapes}, must be A [{rank}, in] and B [out, {rank}]"
             )

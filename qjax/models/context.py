@@ -58,14 +58,15 @@ def causal_contexts(
         bias = relative(_distance(real, length, start))
     plain = cache is None and attention_mask is None and SLIDING not in config.kinds
     plain = plain and segments is None
-    causal = None if plain else _causal(real, length, start)
+    seen = _causal(real, length, start)
     if segments is not None:
-        causal &= (segments[:, :, None] == segments[:, None, :])[:, None]
+        seen &= (segments[:, :, None] == segments[:, None, :])[:, None]
+    causal = None if plain else seen
     for kind in set(config.kinds):
         mask, rope = causal, config.rope
         if kind == SLIDING:
             near = _distance(real, length, start) < (config.sliding_window or 0)
-            mask, rope = causal & near[:, None], config.sliding_rope or rope
+            mask, rope = seen & near[:, None], config.sliding_rope or rope
         angles = None
         if config.positions == "rope" and positions is not None:
             angles = rotation(rope, config.head_dim, positions)

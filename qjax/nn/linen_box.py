@@ -93,8 +93,9 @@ class QuantBox(meta.AxisMetadata):
 
     def norms(self) -> jax.Array:
         """Return the norms of the columns, adapter included, that DoRA divides by."""
+        assert self.adapter is not None
         where = self.q.contract_axes, len(self.q.batch_shape)
-        return column_norms(self.q, self.lora_a, self.lora_b, self.scaling, *where)
+        return column_norms(self.q, *self.adapter, self.scaling, *where)
 
     def replace_boxed(self, val: Any) -> "QuantBox":
         """Return a box of `val`, quantized as this one, with an adapter that changes nothing."""

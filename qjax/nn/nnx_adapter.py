@@ -49,6 +49,11 @@ def saved_params(module: nnx.Module) -> dict[str, SavedParam]:
     return {name: v for name, v in vars(module).items() if isinstance(v, SavedParam)}
 
 
+def base_param(module: Any, name: str) -> nnx.Variable:
+    """Return the base's array, of which a `SavedParam` has taken the place."""
+    return module.lora_base.arrays[name]
+
+
 def save_param(module: Any, name: str, value: Any) -> None:
     """Put the adapter's array in the place of the base's."""
     if not hasattr(module, "lora_base"):
@@ -61,7 +66,7 @@ def save_param(module: Any, name: str, value: Any) -> None:
 def restore_base(module: Any) -> None:
     """Undo `save_param`."""
     for name in saved_params(module):
-        base = module.lora_base.arrays[name]
+        base = base_param(module, name)
         setattr(module, name, nnx.Param(base.get_raw_value(), **_metadata(base)))
     if hasattr(module, "lora_base"):
         del module.lora_base
