@@ -6,10 +6,8 @@ in the place of the base's, under its own name. Source: peft 0.21, utils/save_an
 """
 
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,28 +18,17 @@ from safetensors.numpy import save_file
 from qjax.hf.extras import write_whole
 from qjax.hf.peft_config import NAME as _CONFIG
 from qjax.hf.peft_config import PeftConfig, config_json
-from qjax.hf.peft_experts import fuse, unfuse
-from qjax.hf.peft_names import Fused, Names, known_family, peft_names, saved_arrays
-from qjax.hf.peft_part import Part, stacked
+from qjax.hf.peft_experts import fuse
+from qjax.hf.peft_match import WEIGHTS, expert_names, match
+from qjax.hf.peft_names import PREFIX, Fused, known_family, peft_names, saved_arrays, tied_tensors
+from qjax.hf.peft_part import Part
 from qjax.models import MaskedLM, Seq2SeqLM
 from qjax.models.base import Pretrained
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_adapter import save_param
 from qjax.nn.nnx_layer import LoraLayer
-from qjax.nn.nnx_param import QuantParam
 from qjax.swap.nnx_adapters import adapter_names, check_name, set_adapter
 from qjax.swap.nnx_find import Found, find_layers
-
-_PREFIX = "base_model.model."
-_WEIGHTS = "adapter_model.safetensors"
-_LORA = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
-
-
-class _Ready(NamedTuple):
-    """An adapter checked against the model, so that nothing can fail half way."""
-
-    layers: list[tuple[Found, LoraConfig, Part]]
-    arrays: list[tuple[Any, str, np.ndarray]]  # layer, name, value
 
 
 def load_adapter(model: Pretrained, path, *, name: str = "default") -> Pretrained:
@@ -73,11 +60,11 @@ def load_adapter(model: Pretrained, path, *, name: str = "default") -> Pretraine
             "another beside it"
         )
     names = peft_names(model)
-    ready = _prepare(_read_tensors(folder / _WEIGHTS), config, names, model, folder)
+    ready = match(_read_tensors(folder / WEIGHTS), config, names, model, folder)
     set_adapter(model, None)
     for found, lora, part in ready.layers:
         _attach(found, lora, part, name)
-    for parameter in _expert_names(config, names).values():
+    for parameter in expert_names(config, names).values():
         _share(parameter)
     for layer, leaf, value in ready.arrays:
         save_param(layer, leaf, jnp.asarray(value, getattr(layer, leaf).dtype))
@@ -129,23 +116,21 @@ def save_adapter(model: Pretrained, path, *, base_model: str | None = None) -> N
     for tensor, array in replaced.items():
         value = np.asarray(getattr(array.layer, array.leaf)[...])[array.index]
         value = value.T if array.where.transposed else value
-        tensors[_PREFIX + tensor] = np.ascontiguousarray(value)
-    known = known_family(model)
-    table, head = (f"{known.names.get(part)}.weight" for part in ("embed_tokens", "lm_head"))
-    tied = model.config.tie_word_embeddings and table in replaced
-    if tied:
-        tensors[_PREFIX + head] = tensors[_PREFIX + table]
+        tensors[PREFIX + tensor] = np.ascontiguousarray(value)
+    tied = tied_tensors(model)
+    if tied and tied.table in replaced:
+        tensors[PREFIX + tied.head] = tensors[PREFIX + tied.table]
     modules = {m for m, place in names.dense.items() if not place.is_expert}
     saved = {tensor.rpartition(".")[0] for tensor in replaced}
     data = config_json(configs | fused, modules, fused, saved) | {
         "base_model_name_or_path": base_model,
-        "ensure_weight_tying": bool(tied),
-        "fan_in_fan_out": known.conv1d,
+        "ensure_weight_tying": bool(tied and tied.table in replaced),
+        "fan_in_fan_out": known_family(model).conv1d,
         "task_type": _task_type(model),
     }
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / _WEIGHTS, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+    write_whole(folder / WEIGHTS, lambda f: save_file(tensors, f, metadata={"format": "pt"}))
     text = json.dumps(data, indent=2, sort_keys=True)
     write_whole(folder / _CONFIG, lambda f: f.write_text(text, encoding="utf-8"))
 
@@ -163,7 +148,7 @@ def _config(found: Found) -> LoraConfig | None:
 
 
 def _write(tensors: dict[str, np.ndarray], module: str, part: Part) -> None:
-    name = f"{_PREFIX}{module}.lora_"
+    name = f"{PREFIX}{module}.lora_"
     tensors[f"{name}A.weight"] = np.ascontiguousarray(part.a.T)
     tensors[f"{name}B.weight"] = np.ascontiguousarray(part.b.T)
     if part.magnitude is not None:
@@ -178,139 +163,6 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def _prepare(
-    tensors: Mapping[str, np.ndarray],
-    config: PeftConfig,
-    names: Names,
-    model: Pretrained,
-    folder: Path,
-) -> _Ready:
-    """Match the tensors with the model and with what the config names."""
-    halves: dict[str, dict[str, np.ndarray]] = {}
-    replaced: dict[str, np.ndarray] = {}
-    tied = config.data.get("ensure_weight_tying") and model.config.tie_word_embeddings
-    head = f"{known_family(model).names.get('lm_head')}.weight" if tied else None
-    for tensor, value in tensors.items():
-        inside = tensor.removeprefix(_PREFIX)
-        match = _LORA.fullmatch(inside)
-        if match is not None:
-            halves.setdefault(match[1], {})[match[2]] = value
-        elif inside == head or config.saves(inside.rpartition(".")[0]):
-            replaced[inside] = value
-        else:
-            raise ValueError(
-                f"{folder / _WEIGHTS}: {tensor!r} {list(value.shape)} is no LoRA matrix, and of no "
-                "module that modules_to_save names"
-            )
-    if not halves and not replaced:
-        raise ValueError(f"{folder / _WEIGHTS} holds no adapter")
-    parts: dict[str, tuple[Found, dict[tuple[int, ...], tuple[LoraConfig, Part]]]] = {}
-
-    def add(found: Found, index, lora: LoraConfig, part: Part) -> None:
-        parts.setdefault(found.path, (found, {}))[1][index] = (lora, part)
-
-    _check_targets(config, names, set(halves), folder)
-    experts = _expert_names(config, names)
-    for name, half in halves.items():
-        if name in experts:
-            parameter = experts[name]
-            lora = config.lora(parameter.name)
-            for found, index, part in unfuse(parameter, lora, half, folder):
-                add(found, index, lora, part)
-        else:
-            lora, place = config.lora(name), names.dense[name]
-            add(place.found, place.index, lora, Part.read(name, lora, half, folder))
-    layers = [(found, *stacked(found, held, folder)) for found, held in parts.values()]
-    return _Ready(layers, _replacements(replaced, names, model, config, folder))
-
-
-def _expert_names(config: PeftConfig, names: Names) -> dict[str, Fused]:
-    """Return the fused parameters that the config names, as PEFT's nested wrappers are called."""
-    nested = {}
-    for module, parameters in names.experts.items():
-        held = [p for p in parameters if config.targets_parameter(p.name)]
-        for depth, parameter in enumerate(reversed(held)):
-            nested[module + ".base_layer" * depth] = parameter
-    return nested
-
-
-def _check_targets(config: PeftConfig, names: Names, found: set[str], folder: Path) -> None:
-    """Raise ValueError unless the tensors are of the modules that the config names."""
-    experts = _expert_names(config, names)
-    for name in sorted(found - set(experts)):
-        if name not in names.dense:
-            some = ", ".join(sorted(names.dense)[:4])
-            raise ValueError(
-                f"{folder}: module {name!r} is no dense layer of this model; it has {some}, ..."
-            )
-        if not config.targets(name):
-            key = {k: config.data.get(k) for k in ("target_modules", "modules_to_save")}
-            raise ValueError(f"{folder}: there are tensors of {name!r}, which is not in {key}")
-    modules = config.data.get("target_modules") or ()
-    wanted = [name for name in names.dense if config.targets(name)]
-    if modules and not wanted:
-        raise ValueError(
-            f"{config.file}: target_modules={modules!r} matches no module of this model; it has "
-            f"{', '.join(sorted(names.dense)[:4])}, ..."
-        )
-    # A list says that all its modules are adapted; a pattern may meet more than PEFT's layers.
-    whole = () if isinstance(modules, str) else wanted
-    missing = [n for n in whole if n not in found and not names.dense[n].is_expert]
-    missing += [n for n in experts if n not in found]
-    if missing:
-        raise ValueError(f"{folder}: no tensors of {missing[0]!r}, which its config names")
-
-
-def _replacements(
-    replaced: Mapping[str, np.ndarray],
-    names: Names,
-    model: Pretrained,
-    config: PeftConfig,
-    folder: Path,
-) -> list[tuple[Any, str, np.ndarray]]:
-    ready, replaced = [], dict(replaced)
-    known, tied = known_family(model), model.config.tie_word_embeddings
-    head, table = (f"{known.names.get(part)}.weight" for part in ("lm_head", "embed_tokens"))
-    if tied and config.data.get("ensure_weight_tying") and table in replaced:
-        copy = replaced.pop(head, replaced[table])
-        if not np.array_equal(copy, replaced[table]):
-            raise ValueError(f"{folder}: {head!r} and {table!r} are tied, and differ")
-    modules = {name.rpartition(".")[0] for name in replaced}
-    whole = {n for n in names.arrays if config.saves(n.rpartition(".")[0])}
-    for module in config.data.get("modules_to_save") or ():
-        if not any(m == module or m.endswith(f".{module}") for m in modules):
-            raise ValueError(f"{folder}: no tensors of modules_to_save={module!r}")
-    for name in sorted(whole | set(replaced)):
-        array, value = names.arrays.get(name), replaced.get(name)
-        if array is None or value is None:
-            which = "has no array" if array is None else "needs the tensor"
-            raise ValueError(f"{folder}: modules_to_save: this model {which} {name!r}")
-        held = getattr(array.layer, array.leaf)
-        if isinstance(held, QuantParam):
-            raise ValueError(
-                f"{folder}: the adapter replaces {name!r}, which is in 4 bits: load the model with "
-                "QuantConfig(exclude=...) for it"
-            )
-        if name == table and tied and not config.data.get("ensure_weight_tying"):
-            raise NotImplementedError(
-                f"{folder}: the adapter replaces {name!r} but not the output head that is tied to "
-                "it (ensure_weight_tying=False); here they are one array"
-            )
-        if array.where.stack:
-            raise NotImplementedError(
-                f"{folder}: the adapter replaces {name!r}, which is stacked: load the model with "
-                "scan_layers=False"
-            )
-        value = value.T if array.where.transposed else value
-        if value.shape != held.shape:
-            raise ValueError(
-                f"{folder}: {name!r} must be {list(held.shape)} in this model, got "
-                f"{list(value.shape)}"
-            )
-        ready.append((array.layer, array.leaf, value))
-    return ready
 
 
 def _attach(found: Found, config: LoraConfig, part: Part, name: str) -> None:

@@ -27,6 +27,16 @@ _READ = {
     *("layers_to_transform", "layers_pattern", "target_parameters", "init_lora_weights"),
     "ensure_weight_tying",
 }
+_TYPES = {
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "modules_to_save": (list,),
+    "target_parameters": (list,),
+    "layers_to_transform": (list, int),
+    "layers_pattern": (list, str),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+}
 # Inits after which the base is as it was; PEFT repeats the others when it loads the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva")
 _INDEX = r".*?\.[^.]*\.(\d+)\."  # the first number in a module's name
@@ -71,6 +81,9 @@ class PeftConfig:
                 "PEFT computes another base from it; its save_pretrained converts such an adapter "
                 "by path_initial_model_for_weight_conversion",
             )
+        for key, kinds in _TYPES.items():
+            if not isinstance(data.get(key), (*kinds, type(None))):
+                raise ValueError(f"{self.file}: {key}={data[key]!r} has the wrong type")
         for key in ("target_modules", "exclude_modules"):
             if isinstance(data.get(key), str):
                 try:
@@ -128,6 +141,11 @@ class PeftConfig:
     def saves(self, name: str) -> bool:
         """Return whether the adapter replaces this module."""
         return _listed(self.data.get("modules_to_save") or (), name)
+
+    @property
+    def ties(self) -> bool:
+        """Whether what replaces the embeddings replaces the output head that is tied to them."""
+        return bool(self.data.get("ensure_weight_tying"))
 
     def _in_layers(self, name: str) -> bool:
         wanted, patterns = self.data.get("layers_to_transform"), self.data.get("layers_pattern")

@@ -13,6 +13,8 @@ from qjax.models.experts import Experts
 from qjax.nn.nnx_adapter import SavedParam
 from qjax.swap.nnx_find import Found, find_layers
 
+PREFIX = "base_model.model."  # of every tensor of an adapter
+
 Index = tuple[int, ...]
 
 
@@ -45,6 +47,13 @@ class Array(NamedTuple):
     leaf: str
     index: Index
     where: Stored
+
+
+class Tied(NamedTuple):
+    """The names of the two tensors that are one array."""
+
+    table: str
+    head: str
 
 
 class Names(NamedTuple):
@@ -89,6 +98,14 @@ def peft_names(model: Pretrained) -> Names:
 def known_family(model: Pretrained) -> Family:
     """Return the family of the model's config.json."""
     return family(json.loads(model.config_json or "{}"))
+
+
+def tied_tensors(model: Pretrained) -> Tied | None:
+    """Return the embeddings and the output head that are one array, if they are."""
+    names = known_family(model).names
+    if not model.config.tie_word_embeddings:
+        return None
+    return Tied(f"{names['embed_tokens']}.weight", f"{names.get('lm_head', 'lm_head')}.weight")
 
 
 def _experts(model: Pretrained, found: dict[int, Found]) -> dict[str, list[Fused]]:

@@ -189,6 +189,12 @@ NAME = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
         ({"target_modules": "("}, ValueError, r"target_modules='\(': missing \)"),
         ({"layers_to_transform": [1]}, ValueError, "tensors of 'model.layers.0.mlp.down_proj'"),
         ({"exclude_modules": ["k_proj"]}, ValueError, "tensors of 'model.layers.0.self_attn.k"),
+        (
+            {"modules_to_save": "lm_head"},
+            ValueError,
+            "modules_to_save='lm_head' has the wrong type",
+        ),
+        ({"rank_pattern": []}, ValueError, r"rank_pattern=\[\] has the wrong type"),
         ({"r": "4"}, ValueError, "adapter_config.json: rank must be a positive integer"),
         ({"lora_dropout": 2}, ValueError, "adapter_config.json: dropout must be in"),
         ({"r": 8}, ValueError, r"has \{'A': \[4, 64\], .* must be A \[8, in\] and B \[out, 8\]"),
