@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.blockwise import quantize, quantize_like
 from qjax.core.config import QuantConfig
-from qjax.core.double_quant import DoubleQuant
 from qjax.core.qtensor import QTensor
+from qjax.core.scales import map_scales, scales_class
 from qjax.nn.lora import ADAPTER_LEAVES, LoraConfig, init_adapter
 from qjax.ops.dora import column_norms, dora_weight
 from qjax.ops.lora import lora_weight
@@ -143,7 +143,8 @@ class QuantBox(meta.AxisMetadata):
         batch, rest = names[: len(q.batch_shape)], names[len(q.batch_shape) :]
         contract, out = [rest[i] for i in q.contract_axes], [rest[i] for i in q.out_axes]
         codes = spec(*batch, *out, contract[0]) if q.layout == "rows" else spec(*batch, None)
-        scales = DoubleQuant(codes, spec(*batch, None), spec(*batch)) if q.double_quant else codes
+        cls = scales_class(q.kind, q.double_quant)
+        scales = map_scales(cls, codes, spec(*batch, None), spec(*batch))
         adapter = self.lora_a is not None
         return dataclasses.replace(
             self,
