@@ -9,8 +9,8 @@ from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.formats import register_format as register_format
 from qjax.core.qtensor import QTensor as QTensor
-from qjax.hf.float_weights import float_weights as float_weights
 from qjax.evaluation import evaluate as evaluate
+from qjax.hf.float_weights import float_weights as float_weights
 from qjax.hf.peft import load_adapter as load_adapter
 from qjax.hf.peft import save_adapter as save_adapter
 from qjax.hf.pretrained import from_pretrained as from_pretrained
