@@ -16,6 +16,7 @@ from jax.tree_util import keystr
 from qjax.core.qtensor import QTensor
 from qjax.nn.linen_box import QuantBox
 from qjax.nn.lora import ADAPTER_LEAVES
+from qjax.nn.nnx_adapter import ShelvedParam
 from qjax.nn.nnx_layer import LoraLayer
 
 # What holds one array, or one QTensor, in its attribute `value`.
@@ -148,7 +149,8 @@ def _walk(tree: Any, path: tuple[str, ...], marks: Marks) -> Iterator[tuple[tupl
             yield from _walk(leaf, inner, marks)
         else:
             adapter = isinstance(tree, nnx.LoRAParam) or "".join(inner[-1:]) in ADAPTER_LEAVES
-            yield inner, leaf, adapter
+            aside = isinstance(tree, ShelvedParam) and "lora_shelf" in inner
+            yield inner, leaf, adapter or aside
 
 
 def _mark(node: Any, name: str, marks: Marks) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def finetune(settings: Settings, output: Path, *, save_every: int, console: Cons
     _claim(output, settings)
     _describe(data, len(examples), settings, console)
     model = load_model(path, settings)
+    with tempfile.TemporaryDirectory() as folder:  # what PEFT has no place for shows now, not later
+        qjax.save_adapter(model, folder, base_model=settings.model)
     losses = _train(model, data, steps, settings, output, save_every, console)
     qjax.save_adapter(model, output / "adapter", base_model=settings.model)
     try:

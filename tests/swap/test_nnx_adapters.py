@@ -110,6 +110,16 @@ def test_all_are_saved_and_loaded(made, tmp_path):
     np.testing.assert_array_equal(again(x), outputs["two"])
     np.testing.assert_array_equal(qjax.set_adapter(again, "one")(x), outputs["one"])
     np.testing.assert_array_equal(qjax.set_adapter(again, None)(x), outputs[None])
+    # The adapters alone, put aside or not, on a base that is there: that of `made`, not of `blank`.
+    qjax.save(tmp_path / "adapters", model, only="adapters")
+    for name in ("two", "one"):
+        qjax.set_adapter(model, name)
+        for _, value in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+            value.set_value(jnp.zeros_like(value[...]))
+    qjax.set_adapter(model, "two")
+    restored = qjax.load(tmp_path / "adapters", like=model)
+    np.testing.assert_array_equal(restored(x), outputs["two"])
+    np.testing.assert_array_equal(qjax.set_adapter(restored, "one")(x), outputs["one"])
 
 
 def test_a_switch_works_inside_jit(made):
