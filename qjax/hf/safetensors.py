@@ -9,9 +9,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qjax.core.qtensor import QTensor
-from qjax.hf.bitsandbytes import packed_weights, qtensor_like, read_int8, read_qtensor
+from qjax.hf.bitsandbytes import (
+    decode_int8,
+    int8_weights,
+    packed_weights,
+    qtensor_like,
+    read_qtensor,
+)
 from qjax.hf.bnb_config import BnbConfig, read_bnb_config
 from qjax.hf.families import Family, family
+from qjax.hf.mxfp4 import decode_mxfp4, mxfp4_weights
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _INDEX = "model.safetensors.index.json"
@@ -32,32 +39,45 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         data = read_json(folder / "config.json")
-        self.bnb: BnbConfig | None = None
-        if data.get("quantization_config"):
-            where = f"{folder / 'config.json'}: quantization_config"
-            if not isinstance(data["quantization_config"], dict):
-                raise ValueError(f"{where} must be a JSON object")
-            self.bnb = read_bnb_config(data["quantization_config"], where)
         self.data = data
         self.path = folder
+        self.bnb = self._read_bnb()
         self.family: Family = family(data)
         files = _tensor_files(folder)
         self._stored = {_today(name, self.family, files): name for name in files}
         self._files = {name: files[old] for name, old in self._stored.items()}
         try:
             self.packed = packed_weights(self._stored)
+            coded = [
+                (decode_mxfp4, mxfp4_weights(self._stored)),
+                (decode_int8, int8_weights(self._stored)),
+            ]
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-        parts = {part for name, parts in self.packed.items() for part in parts - {name}}
-        int8 = {name.removesuffix(".SCB") for name in self._stored if name.endswith(".SCB")}
-        parts |= {name + suffix for name in int8 for suffix in (".SCB", ".weight_format")}
-        self._scales = {f"{name}.weight": f"{name}.SCB" for name in int8}
-        self.tensors = frozenset(self._stored) - parts
+        self._coded = {name: (decode, held[name]) for decode, held in coded for name in held}
+        parts = {part for held in self.packed.values() for part in held}
+        parts |= {part for _, held in self._coded.values() for part in held}
+        packed = self.packed.keys() & self._stored.keys()
+        if self.bnb and self.bnb.quant is None and not self._coded:
+            raise NotImplementedError(
+                f"{folder / 'config.json'} asks for 8 bits, which can be read and not made"
+            )
+        self.tensors = frozenset(self._stored.keys() - parts | self._coded.keys() | packed)
         self.config = self._read_config()
         dtype = data.get("dtype") or data.get("torch_dtype") or "float32"
         if dtype not in _DTYPES:
             raise ValueError(f"{folder / 'config.json'}: dtype={dtype!r} must be one of {_DTYPES}")
         self.dtype: str = dtype
+
+    def _read_bnb(self) -> BnbConfig | None:
+        data = self.data.get("quantization_config")
+        if not data:
+            return None
+        where = f"{self.path / 'config.json'}: quantization_config"
+        if not isinstance(data, dict):
+            raise ValueError(f"{where} must be a JSON object")
+        # The tensors themselves show what is in MXFP4.
+        return None if data.get("quant_method") == "mxfp4" else read_bnb_config(data, where)
 
     def _read_config(self):
         file = self.path / "config.json"
@@ -77,23 +97,25 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype.
 
-        An 8-bit weight of bitsandbytes is decoded to float32.
+        An 8-bit weight of bitsandbytes is decoded to float32, one in MXFP4 to bfloat16 [..., in,
+        out], which is how gpt-oss stores it in float.
         """
-        if name in self._scales:
-            return self._explain(read_int8, name, self._scales[name])
-        return self._read(name)
+        if name not in self._coded:
+            return self._read(name)
+        decode, parts = self._coded[name]
+        return self._explain(decode, name, *map(self._read, parts))
 
     def packed_like(self, name: str) -> QTensor:
         """Return a 4-bit weight of bitsandbytes as a QTensor [in, out] of abstract arrays."""
-        return self._explain(qtensor_like, name, self.packed[name])
+        return self._explain(qtensor_like, self._read, name, self.packed[name])
 
     def read_packed(self, name: str) -> QTensor:
         """Return a 4-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""
-        return self._explain(read_qtensor, name, self.packed[name])
+        return self._explain(read_qtensor, self._read, name, self.packed[name])
 
     def _explain(self, read, *args):
         try:
-            return read(self._read, *args)
+            return read(*args)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 

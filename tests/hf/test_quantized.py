@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -180,6 +181,15 @@ def test_eight_bits_are_decoded_when_stored_and_never_made(tmp_path):
     kernel = qjax.hf.from_pretrained(tmp_path).layers[0].mlp.up_proj.kernel[...]
     # One product, and one division, each rounded to float32.
     np.testing.assert_allclose(kernel.T, codes * (scale[:, None] / 127.0), rtol=3e-7)
+    tensors[f"{name}.weight_format"] = np.asarray(2, np.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj.weight' has weight_format=2; only 0"):
+        qjax.hf.from_pretrained(tmp_path)
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    with pytest.raises(
+        NotImplementedError, match=r"config.json asks for 8 bits, which can be read"
+    ):
+        qjax.hf.from_pretrained(tmp_path)
 
 
 Q = "model.layers.0.mlp.up_proj.weight"
