@@ -27,6 +27,14 @@ def test_values_and_logits_equal_transformers(ref):
     assert error(model(ref["input_ids"]), ref["logits"]).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("config", [None, QuantConfig(compute_dtype="float32")])
+def test_one_token_is_computed_by_its_own_experts_alone(config, ref):
+    model = qjax.hf.from_pretrained(MXFP4, dtype="float32", config=config)
+    ids = ref["input_ids"][:1]
+    whole = model(ids)[..., ::4] if config else ref["logits"][:1]  # by every expert, then weighed
+    assert error(model(ids[:, :1]), whole[:, :1]).max() < TOLERANCE
+
+
 def test_experts_are_quantized_and_written_without_mxfp4(ref, tmp_path):
     config = QuantConfig(double_quant=False, block_size=32, include="experts")
     model = qjax.hf.from_pretrained(MXFP4, config=config)

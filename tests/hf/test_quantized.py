@@ -186,9 +186,7 @@ def test_eight_bits_are_decoded_when_stored_and_never_made(tmp_path):
     with pytest.raises(ValueError, match=r"up_proj.weight' has weight_format=2; only 0"):
         qjax.hf.from_pretrained(tmp_path)
     shutil.copy(folder / "model.safetensors", tmp_path)
-    with pytest.raises(
-        NotImplementedError, match=r"config.json asks for 8 bits, which can be read"
-    ):
+    with pytest.raises(NotImplementedError, match=r"config.json asks for 8 bits, which can"):
         qjax.hf.from_pretrained(tmp_path)
 
 
