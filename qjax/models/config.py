@@ -35,9 +35,8 @@ class RopeConfig:
             frequencies, with a smooth ramp between the two `*_freq_factor` wavelengths); "yarn"
             (arXiv:2309.00071: a ramp between the frequencies that turn `beta_slow` and `beta_fast`
             times in `original_length`, and cosines and sines scaled by `attention_factor`);
-            "factors" (frequency `i` divided by `factors[i]`, as GGUF files store the llama3 ramp);
-            "longrope" (arXiv:2402.13753: by `long_factors[i]` in texts longer than
-            `original_length`, and scaled by `attention_factor`).
+            "longrope" (arXiv:2402.13753: frequency `i` divided by `factors[i]`, by
+            `long_factors[i]` in texts longer than `original_length`; scaled likewise).
         original_length: context length before stretching, in tokens.
         attention_factor: None is the method's own, by `factor`: 0.1 ln(factor) + 1 for YaRN,
             sqrt(1 + ln(factor) / ln(original_length)) for LongRoPE.
@@ -46,7 +45,7 @@ class RopeConfig:
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn", "factors", "longrope"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -74,9 +73,8 @@ class RopeConfig:
     def check_factors(self, head_dim: int) -> None:
         """Raise ValueError unless there is a factor for each frequency of a head."""
         needed = len(range(0, int(head_dim * self.partial), 2))
-        kinds = {"factors": ["factors"], "longrope": ["factors", "long_factors"]}
-        for name in kinds.get(self.kind, ()):
-            if len(getattr(self, name)) != needed:
+        for name in ("factors", "long_factors"):
+            if self.kind == "longrope" and len(getattr(self, name)) != needed:
                 raise ValueError(
                     f"rope {name} has {len(getattr(self, name))} entries, "
                     f"head_dim={head_dim} needs {needed}"

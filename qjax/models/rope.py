@@ -25,7 +25,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
         return _llama3(freqs, config)
     if config.kind == "yarn":
         return _yarn(freqs, config)
-    if config.kind in ("factors", "longrope"):
+    if config.kind == "longrope":
         return freqs / np.asarray(config.factors, np.float32)
     return freqs
 

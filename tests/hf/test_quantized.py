@@ -102,7 +102,8 @@ def test_a_bfloat16_checkpoint_decodes_to_bfloat16():
     # The golden model had been cast to bfloat16 as a whole, its RoPE frequencies too.
     freqs = frequencies(model.config.rope, model.config.head_dim)
     factors = tuple(freqs / np.asarray(jnp.asarray(freqs, jnp.bfloat16), np.float32))
-    rope = dataclasses.replace(model.config.rope, kind="factors", factors=factors)
+    plain = {"kind": "longrope", "attention_factor": 1.0}
+    rope = dataclasses.replace(model.config.rope, factors=factors, long_factors=factors, **plain)
     model.config = dataclasses.replace(model.config, rope=rope)
     check(model, "llama", reference("llama")["logits_nf4_bf16ckpt"])
 
