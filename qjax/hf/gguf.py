@@ -15,6 +15,7 @@ from qjax.core.qtensor import QTensor
 from qjax.hf.extras import require
 from qjax.hf.families import family
 from qjax.hf.gguf_config import config_json, model_type
+from qjax.hf.gguf_header import check_header
 from qjax.hf.gguf_tensors import FACTORS, Parts, restore, tensor_parts
 
 
@@ -59,6 +60,8 @@ class GGUFFile:
         if not 0 < layers <= len(self._stored):
             raise ValueError(f"block_count={layers} must be from 1 to the number of tensors")
         experts = self.data.get("num_local_experts", 1)
+        if experts > max(max(t.shape, default=1) for t in self._stored.values()):
+            raise ValueError(f"expert_count={experts} is more than any tensor has")
         return tensor_parts(kind, self.family, layers, experts, self._stored)
 
     def read(self, name: str) -> np.ndarray:
@@ -76,7 +79,8 @@ class GGUFFile:
         tensor = self._stored[name]
         data = tensor.data if expert is None else tensor.data[expert]
         try:
-            return require("gguf.quants", "gguf").dequantize(data, tensor.tensor_type)
+            with np.errstate(all="ignore"):  # of scales that are not finite
+                return require("gguf.quants", "gguf").dequantize(data, tensor.tensor_type)
         except NotImplementedError:
             raise NotImplementedError(
                 f"{self.path}: tensor {name!r} is {tensor.tensor_type.name}, "
@@ -90,6 +94,7 @@ class Metadata:
     def __init__(self, path: Path):
         gguf = require("gguf", "gguf")
         try:
+            check_header(path)
             self.reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
             raise ValueError(f"{path} is not a whole GGUF file: {error}") from None

@@ -21,6 +21,8 @@ from qjax.hf.families import Family, family
 from qjax.hf.mxfp4 import decode_mxfp4, mxfp4_weights
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Keys of config.json that say how many of something there are, each with tensors of its own.
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "num_local_experts")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -81,10 +83,10 @@ class SafetensorsFolder:
 
     def _read_config(self):
         file = self.path / "config.json"
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
-            layers = self.data.get(key)
-            if isinstance(layers, int) and layers > len(self.tensors):
-                raise ValueError(f"{file} says {key}={layers}: more than there are tensors")
+        for key in _COUNTS:
+            count = self.data.get(key)
+            if isinstance(count, int) and count > len(self.tensors):
+                raise ValueError(f"{file} says {key}={count}: more than there are tensors")
         try:
             return self.family.config(self.data, self.tensors)
         except KeyError as error:

@@ -115,6 +115,24 @@ def test_a_file_that_is_cut_or_no_gguf_is_named(keep, tmp_path):
         qjax.hf.from_pretrained(path)
 
 
+@pytest.mark.parametrize("at", ["tensors", "pairs", "string", "array"])
+def test_a_count_that_lies_is_named_and_does_not_hang(at, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_model(path, "gemma2", F32)
+    data = bytearray(path.read_bytes())
+    key = b"gemma2.attention.sliding_window_pattern"
+    place = {
+        "tensors": 8,
+        "pairs": 16,
+        "string": 24,  # the length of the first key
+        "array": data.index(key) + len(key) + 8,
+    }[at]
+    data[place : place + 8] = (2**60).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"not a whole GGUF file: it ends in its head"):
+        qjax.hf.from_pretrained(path)
+
+
 def test_missing_packages_say_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     real = builtins.__import__
