@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.blockwise import quantize
-from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
 from qjax.hf.gguf import GGUFFile
 from qjax.hf.layout import Stored
@@ -72,13 +71,10 @@ def read_quantized(
         sharding: a QTensor with that of each array, of the whole weight.
     """
     each = like.shape[len(where.stack) :]
-    config = QuantConfig(
-        format=like.format, block_size=like.block_size, double_quant=like.double_quant
-    )
     found = []
     for name in where.names:
         w = jnp.asarray(_read(source, name, where, each), like.dtype)
-        q = quantize(w, config, (where.block_axis,), batch_ndim=w.ndim - 2, name=name)
+        q = quantize(w, like.config, (where.block_axis,), batch_ndim=w.ndim - 2, name=name)
         if where.transposed:  # the same bytes, described the other way round
             q = dataclasses.replace(q, slice_shape=q.slice_shape[::-1], contract_axes=(0,))
         found.append(jax.block_until_ready(_put_slice(q, where, sharding)))
