@@ -8,11 +8,12 @@ it would split the heads of keys and values.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qjax.core.placement import weight_shardings
 from qjax.core.qtensor import QTensor
 
 # What each part of a rule may be called on a mesh; axes of data leave weights whole.
@@ -71,21 +72,33 @@ class Placement:
         if "/experts/" in path:  # [experts, ...], behind the layers where they are stacked
             axis = array.ndim - (3 if leaf == "kernel" else 2)
             spec[axis] = self._axes["expert"] or None
-        fits = [self._fits(path, array, axis, entry) for axis, entry in enumerate(spec)]
-        entries = [entry if fit else None for entry, fit in zip(spec, fits, strict=True)]
-        return self._sharding(path, array, entries)
+        if not isinstance(array, QTensor):
+            return self._sharding(array.shape, spec)
+        return self._weight_shardings(array, spec)
 
-    def _sharding(self, path: str, array: Any, entries: list) -> Any:
-        sharding = NamedSharding(self.mesh, PartitionSpec(*entries))
-        return weight_shardings(array, sharding, path) if isinstance(array, QTensor) else sharding
+    def _weight_shardings(self, q: QTensor, spec: list) -> Any:
+        """Return a sharding for each array of a weight, from the spec of [*batch, in, out]."""
+        (contract,) = q.contract_axes  # layers of two axes alone
+        batch, kernel = spec[:-2], spec[-2:]
+        first = [*batch, kernel[1 - contract], kernel[contract]]  # of codes and of scales a block
+        leaves = [leaf for leaf in jax.tree.leaves(q) if leaf.ndim == len(first)]
+        for leaf in leaves:  # as many scales as codes' blocks on each shard
+            first = self._fitting(leaf.shape, first)
+        if q.layout == "flat":  # [*batch, bytes]: blocks run over the ends of rows
+            leaves = []
+        held = {id(leaf) for leaf in leaves}
+        return jax.tree.map(
+            lambda leaf: self._sharding(leaf.shape, first if id(leaf) in held else batch), q
+        )
 
-    def _fits(self, path: str, array: Any, axis: int, entry: Any) -> bool:
-        alone: list = [None] * array.ndim
-        alone[axis] = entry
-        try:
-            sharding = self._sharding(path, array, alone)
-            if isinstance(sharding, NamedSharding):
-                sharding.shard_shape(array.shape)
-        except ValueError:
-            return False
-        return True
+    def _sharding(self, shape: tuple[int, ...], spec: Sequence) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*self._fitting(shape, spec)))
+
+    def _fitting(self, shape: tuple[int, ...], spec: Sequence) -> tuple:
+        """Return the spec without the axes of the mesh that do not divide the shape."""
+        spec = (*spec, *[None] * len(shape))[: len(shape)]
+        counts = [math.prod(self.mesh.shape[name] for name in entry or ()) for entry in spec]
+        return tuple(
+            None if size % count else entry
+            for size, count, entry in zip(shape, counts, spec, strict=True)
+        )

@@ -13,6 +13,7 @@ the kernel at which scale of the whole weight it starts.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def _partitioned(local, block_size: int, transpose: bool, second_count: int, one
         return mesh, run, NamedSharding(mesh, PartitionSpec(batch, kept)), shardings
 
     # Rows of one block have no axis of blocks: a rule may not have a factor of 1.
-    of_blocks = {} if one_block else {"i": block_size, "j": block_size // 2}
+    of_blocks: dict[str, Any] = {} if one_block else {"i": block_size, "j": block_size // 2}
     wide: tuple = ("m", "i" if one_block else ("b", "i"))
     narrow: tuple = ("m", "n")
     x, y = (narrow, wide) if transpose else (wide, narrow)

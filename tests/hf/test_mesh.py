@@ -77,6 +77,18 @@ def test_quantizing_on_the_way_gives_the_bytes_of_one_device():
     assert error(forward(split, ids, whole), np.asarray(one(ids))).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("format", ["int4_asym", "nvfp4", "int8"])
+def test_other_formats_are_split_too(format):
+    config = QuantConfig(format=format)
+    folder = FOLDER / "llama" / "hf"
+    one = qjax.hf.from_pretrained(folder, config=config)
+    split = qjax.hf.from_pretrained(folder, config=config, mesh=mesh(fsdp=4, tensor=2))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (one, split)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    packed = split.layers[0].mlp.up_proj.kernel.q.packed
+    assert packed.sharding.shard_shape(packed.shape)[0] == 32  # of 64 outputs
+
+
 def test_no_shard_splits_a_block_and_experts_have_their_axis():
     source = SafetensorsFolder(FOLDER / "mixtral" / "hf")
     model, plan = skeleton(source, QuantConfig(include="proj"))
