@@ -164,26 +164,6 @@ def write_qtensor(name: str, q: QTensor) -> dict[str, np.ndarray]:
     return {**tensors, f"{name}{_STATE}{q.format}": np.frombuffer(text, np.uint8)}
 
 
-def int8_weights(tensors: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Return the 8-bit weights among the tensors, each with its codes, scales and format."""
-    parts = (".weight", ".SCB", ".weight_format")
-    held = {n.removesuffix(".SCB") for n in tensors if n.endswith(".SCB")}
-    held = {n for n in held if f"{n}.weight" in tensors}
-    return {f"{n}.weight": tuple(n + p for p in parts if n + p in tensors) for n in held}
-
-
-def decode_int8(name: str, codes: np.ndarray, scale: np.ndarray, *format: np.ndarray) -> np.ndarray:
-    """Decode an 8-bit weight [out, in] to float32: code * SCB / 127, a scale for each row."""
-    if codes.dtype != np.int8 or codes.ndim != 2 or scale.shape != codes.shape[:1]:
-        raise ValueError(
-            f"{name!r} is {codes.dtype.name}{list(codes.shape)} with SCB {list(scale.shape)}, "
-            "must be int8 [out, in] with SCB [out]"
-        )
-    if any(np.any(f) for f in format):
-        raise ValueError(f"{name!r} has weight_format={format[0]}; only 0, by rows, is read")
-    return codes.astype(np.float32) * (scale.astype(np.float32) / np.float32(127))[:, None]
-
-
 def _read_state(read: Read, parts: Collection[str]) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the contents of the quant_state."""
     name = next(part for part in parts if _STATE in part)

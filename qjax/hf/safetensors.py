@@ -1,7 +1,7 @@
 """A model folder of Hugging Face: config.json and safetensors, one file or shards with an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qjax.core.qtensor import QTensor
-from qjax.hf.bitsandbytes import (
-    decode_int8,
-    int8_weights,
-    packed_weights,
-    qtensor_like,
-    read_qtensor,
-)
+from qjax.hf.bitsandbytes import packed_weights, qtensor_like, read_qtensor
 from qjax.hf.bnb_config import BnbConfig, read_bnb_config
+from qjax.hf.bnb_int8 import int8_like, int8_weights, read_int8
 from qjax.hf.families import Family, family
 from qjax.hf.mxfp4 import decode_mxfp4, mxfp4_weights
 
@@ -36,7 +31,7 @@ class SafetensorsFolder:
         data: the whole config.json.
         bnb: its `quantization_config`, or None.
         tensors: names of the weights, as the family spells them.
-        packed: those that are 4-bit weights of bitsandbytes -> the tensors of each.
+        packed: those that are weights of bitsandbytes, in 4 or 8 bits -> the tensors of each.
     """
 
     def __init__(self, folder: Path):
@@ -49,22 +44,15 @@ class SafetensorsFolder:
         self._stored = {_today(name, self.family, files): name for name in files}
         self._files = {name: files[old] for name, old in self._stored.items()}
         try:
-            self.packed = packed_weights(self._stored)
-            coded = [
-                (decode_mxfp4, mxfp4_weights(self._stored)),
-                (decode_int8, int8_weights(self._stored)),
-            ]
+            four_bit = packed_weights(self._stored)
+            self._mxfp4 = mxfp4_weights(self._stored)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-        self._coded = {name: (decode, held[name]) for decode, held in coded for name in held}
-        parts = {part for held in self.packed.values() for part in held}
-        parts |= {part for _, held in self._coded.values() for part in held}
-        packed = self.packed.keys() & self._stored.keys()
-        if self.bnb and self.bnb.quant is None and not self._coded:
-            raise NotImplementedError(
-                f"{folder / 'config.json'} asks for 8 bits, which can be read and not made"
-            )
-        self.tensors = frozenset(self._stored.keys() - parts | self._coded.keys() | packed)
+        self._int8 = int8_weights(self._stored)
+        self.packed = {**four_bit, **self._int8}
+        parts = {part for held in (*self.packed.values(), *self._mxfp4.values()) for part in held}
+        weights = self._mxfp4.keys() | (self.packed.keys() & self._stored.keys())
+        self.tensors = frozenset(self._stored.keys() - parts | weights)
         self.config = self._read_config()
         dtype = data.get("dtype") or data.get("torch_dtype") or "float32"
         if dtype not in _DTYPES:
@@ -99,21 +87,27 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype.
 
-        An 8-bit weight of bitsandbytes is decoded to float32, one in MXFP4 to bfloat16 [..., in,
-        out], which is how gpt-oss stores it in float.
+        One in MXFP4 is decoded to bfloat16 [experts, in, out], which is how gpt-oss has it in
+        float.
         """
-        if name not in self._coded:
+        if name not in self._mxfp4:
             return self._read(name)
-        decode, parts = self._coded[name]
-        return self._explain(decode, name, *map(self._read, parts))
+        return self._explain(decode_mxfp4, name, *map(self._read, self._mxfp4[name]))
 
     def packed_like(self, name: str) -> QTensor:
-        """Return a 4-bit weight of bitsandbytes as a QTensor [in, out] of abstract arrays."""
-        return self._explain(qtensor_like, self._read, name, self.packed[name])
+        """Return a 4-bit or 8-bit weight of bitsandbytes as a QTensor [in, out], abstract."""
+        if name not in self._int8:
+            return self._explain(qtensor_like, self._read, name, self.packed[name])
+        threshold = self.bnb.quant.int8_threshold if self.bnb else None
+        shape = self._open(name, lambda f, stored: f.get_slice(stored).get_shape())
+        return self._explain(int8_like, tuple(shape), name, self.dtype, threshold)
 
     def read_packed(self, name: str) -> QTensor:
-        """Return a 4-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""
-        return self._explain(read_qtensor, self._read, name, self.packed[name])
+        """Return a 4-bit or 8-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""
+        if name not in self._int8:
+            return self._explain(read_qtensor, self._read, name, self.packed[name])
+        like = self.packed_like(name)
+        return self._explain(read_int8, self._read, name, self.packed[name], like)
 
     def _explain(self, read, *args):
         try:
@@ -122,12 +116,15 @@ class SafetensorsFolder:
             raise ValueError(f"{self.path}: {error}") from None
 
     def _read(self, name: str) -> np.ndarray:
-        file = self._files[name]
+        return self._open(name, lambda file, stored: file.get_tensor(stored))
+
+    def _open(self, name: str, get: Callable[[Any, str], Any]) -> Any:
+        path = self._files[name]
         try:
-            with safe_open(file, framework="numpy") as f:
-                return f.get_tensor(self._stored[name])
+            with safe_open(path, framework="numpy") as file:
+                return get(file, self._stored[name])
         except SafetensorError as error:
-            raise ValueError(f"{file}: tensor {name!r} cannot be read: {error}") from None
+            raise ValueError(f"{path}: tensor {name!r} cannot be read: {error}") from None
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
