@@ -3,6 +3,7 @@
 import typer
 
 from qjax.commands.demo import demo
+from qjax.commands.finetune import finetune
 from qjax.commands.inspect import inspect
 from qjax.commands.quantize import quantize
 
@@ -13,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="4-bit models in JAX and Flax.",
 )
-for _command in (demo, quantize, inspect):
+for _command in (demo, quantize, inspect, finetune):
     app.command()(_command)
 
 if __name__ == "__main__":

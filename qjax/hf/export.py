@@ -21,6 +21,7 @@ from qjax.hf.extras import write_whole
 from qjax.hf.families import Family, family
 from qjax.hf.layout import Stored, arrays, stored
 from qjax.models.base import Pretrained
+from qjax.nn.nnx_adapter import base_param, saved_params
 from qjax.nn.nnx_layer import LoraLayer, QuantLayer
 
 LAYOUTS = ("bitsandbytes", "float")
@@ -117,6 +118,8 @@ def _tensors(
     for path, layer, leaf in arrays(model):
         where = stored(known, model.config, path, layer, leaf)
         value = getattr(layer, leaf).get_raw_value()
+        if layout == "bitsandbytes" and leaf in saved_params(layer):
+            value = base_param(layer, leaf).get_raw_value()
         if isinstance(layer, LoraLayer) and layer.lora_a is not None and layout == "float":
             value = layer.float_weight(dtype) if leaf == layer.weight_name else value
         for i, name in enumerate(where.names):

@@ -1,4 +1,4 @@
-"""NNX surgery: the layers of a model to 4 bits, and adapters for them.
+"""NNX surgery: the layers of a model to 4 bits.
 
 A layer changes its class in place (see `qjax.nn.nnx_layer`), so every reference to it, shared ones
 too, stays good, and its float weight is freed before the next layer is touched.
@@ -7,18 +7,15 @@ too, stays good, and its float weight is freed before the next layer is touched.
 import math
 import warnings
 from collections import defaultdict
-from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from qjax.core.config import QuantConfig
-from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_embed import QuantEmbed
-from qjax.nn.nnx_layer import LoraLayer, QuantLayer, quantize_weight, stacked_ndim
+from qjax.nn.nnx_layer import quantize_weight, stacked_ndim
 from qjax.nn.nnx_param import SKIPPED, QuantParam
 from qjax.swap.nnx_find import Found, find_layers
-from qjax.swap.policy import check_patterns, matches, skip_reason
+from qjax.swap.policy import check_patterns, skip_reason
 
 DEFAULT = QuantConfig()
 
@@ -125,62 +122,3 @@ def _quantize(f: Found, cfg: QuantConfig, shared: dict[int, QuantParam]) -> None
         f.cls.convert(f.layer, cfg, weight=weight)
     else:
         setattr(f.layer, f.cls.weight_name, weight)
-
-
-def add_lora(
-    model: nnx.Module, cfg: LoraConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
-) -> nnx.Module:
-    """Give layers adapters, in place: `nnx.LoRAParam`s `lora_a` and `lora_b` beside the weight.
-
-    Args:
-        model: any module.
-        cfg: size, and which layers: without an include pattern every quantized one. A pattern may
-            also name dense layers that were left in floating point, such as the output head.
-        rngs: its "params" stream gives A, its "dropout" stream the masks.
-        dtype: of A and B.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        TypeError: not an NNX module.
-        ValueError: no quantized layer, an include pattern that matches no dense layer, a layer that
-            has an adapter already, or one whose own code would not use it.
-
-    Example:
-        >>> model = quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
-        >>> model = add_lora(model, qjax.LoraConfig(rank=4), rngs=nnx.Rngs(1))
-        >>> model.lora_a.shape, model.lora_b.shape
-        ((64, 4), (4, 8))
-    """
-    if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}")
-    found = list(find_layers(model))
-    check_patterns(cfg, [f.path for f in found], "dense layer")
-    if cfg.include is None:
-        found = [f for f in found if isinstance(f.layer, QuantLayer)]
-        if not found:
-            raise ValueError(
-                "no layer is in 4 bits, so none takes an adapter by default: call quantize_model, "
-                "or name float layers by include="
-            )
-    else:
-        found = [f for f in found if matches(f.path, cfg.include)]
-    found = [f for f in found if not matches(f.path, cfg.exclude)]
-    for f in found:
-        _check_adapter(f)
-    for f in found:
-        if not isinstance(f.layer, LoraLayer):
-            f.layer.__class__ = f.cls.lora_class
-        f.layer.init_adapter(cfg, rngs, dtype)
-    return model
-
-
-def _check_adapter(f: Found) -> None:
-    if not f.is_own_class:
-        raise ValueError(
-            f"{f.path}: {type(f.layer).__name__} has code of its own, which would not use an "
-            "adapter; leave it out by include= or exclude="
-        )
-    if getattr(f.layer, "lora_a", None) is not None:
-        raise ValueError(f"{f.path} has an adapter already; merge_lora ends it")
