@@ -164,17 +164,6 @@ def write_qtensor(name: str, q: QTensor) -> dict[str, np.ndarray]:
     return {**tensors, f"{name}{_STATE}{q.format}": np.frombuffer(text, np.uint8)}
 
 
-def read_int8(read: Read, name: str, scale_name: str) -> np.ndarray:
-    """Decode an 8-bit weight [out, in] to float32: code * SCB / 127, a scale for each row."""
-    codes, scale = read(name), read(scale_name)
-    if codes.dtype != np.int8 or codes.ndim != 2 or scale.shape != codes.shape[:1]:
-        raise ValueError(
-            f"{name!r} is {codes.dtype.name}{list(codes.shape)} with SCB {list(scale.shape)}, "
-            "must be int8 [out, in] with SCB [out]"
-        )
-    return codes.astype(np.float32) * (scale.astype(np.float32) / np.float32(127))[:, None]
-
-
 def _read_state(read: Read, parts: Collection[str]) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the contents of the quant_state."""
     name = next(part for part in parts if _STATE in part)

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from qjax.core.qtensor import QTensor
 from qjax.hf.bitsandbytes import write_qtensor
-from qjax.hf.bnb_config import write_bnb_config
+from qjax.hf.bnb_config import FORMATS_4BIT, write_bnb_config
+from qjax.hf.bnb_int8 import write_int8
 from qjax.hf.extras import write_whole
 from qjax.hf.families import Family, family
 from qjax.hf.layout import Stored, arrays, stored
@@ -41,9 +42,9 @@ def save_pretrained(
     Args:
         model: a language model of this library.
         path: the folder, made if it is missing; files of the same names are replaced.
-        layout: "bitsandbytes" writes 4-bit weights as they are, byte for byte what transformers
-            with bitsandbytes writes; experts, for which it has no layout, are decoded. Adapters
-            are left out. "float" decodes all weights, and merges adapters into theirs.
+        layout: "bitsandbytes" writes NF4, FP4 and int8 weights as they are, byte for byte what
+            transformers with bitsandbytes writes; experts, for which it has no layout, are decoded.
+            Adapters are left out. "float" decodes all weights, and merges adapters into theirs.
         dtype: of float weights; None keeps the model's.
         config: the config.json to write, for a model that was not loaded from a folder.
         max_shard_size: bytes in a file before another is begun.
@@ -100,10 +101,14 @@ def _bnb_config(model: Pretrained, known: Family) -> dict[str, Any]:
         else:
             plain += [tensor.removesuffix(".weight") for tensor in where.names]
             odd |= not by_default
-    q = getattr(layers[0], layers[0].weight_name).q
-    return write_bnb_config(
-        q.format, q.double_quant, layers[0].compute_dtype, sorted(plain) if odd else None
-    )
+    held = [getattr(layer, layer.weight_name).q for layer in layers]
+    formats = {q.format for q in held}
+    if not (formats == {"int8"} or formats <= set(FORMATS_4BIT)):
+        raise ValueError(
+            f"layout='bitsandbytes' holds {FORMATS_4BIT} or 'int8', the model has weights in "
+            f"{sorted(formats)}; use layout='float'"
+        )
+    return write_bnb_config(held[0], layers[0].compute_dtype, sorted(plain) if odd else None)
 
 
 def _tensors(
@@ -130,7 +135,7 @@ def _one(value, where: Stored, index: int):
 def _tensor(name: str, value, where: Stored, layout: str, dtype) -> dict[str, np.ndarray]:
     dense = isinstance(value, QTensor) and value.contract_axes == (0,) and not value.batch_shape
     if layout == "bitsandbytes" and dense and not where.stacks_experts:
-        return write_qtensor(name, value)
+        return (write_int8 if value.format == "int8" else write_qtensor)(name, value)
     if isinstance(value, QTensor):
         value = value.dequantize(dtype)
     array = np.asarray(value if dtype is None else value.astype(dtype))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
@@ -12,6 +13,7 @@ from qjax.core.qtensor import QTensor
 from qjax.hf.gguf import GGUFFile
 from qjax.hf.hub import locate
 from qjax.hf.safetensors import SafetensorsFolder
+from qjax.hf.sharding import Placement
 from qjax.hf.skeleton import Item, skeleton
 from qjax.hf.streaming import Checkpoint, read_float, read_packed, read_quantized
 from qjax.models.base import Pretrained
@@ -22,6 +24,7 @@ def from_pretrained(
     *,
     config: QuantConfig | Mapping[str, Any] | None = None,
     dtype=None,
+    mesh: Mesh | None = None,
     scan_layers: bool = False,
     progress: bool = True,
 ) -> Pretrained:
@@ -38,6 +41,9 @@ def from_pretrained(
             point; a BitsAndBytesConfig as a dict may stand for it. None leaves them so.
         dtype: of the float weights and of the computation; None takes the checkpoint's (GGUF:
             float32).
+        mesh: place the arrays on it: over an axis "tensor" the layers are split as in Megatron-LM,
+            over "fsdp" each along its other axis, over "expert" experts; over "data" nothing. What
+            an axis does not divide, or would split a block, stays whole.
         scan_layers: stack the layers in one and scan over them: compiles much faster.
         progress: show a bar on a terminal.
 
@@ -50,24 +56,27 @@ def from_pretrained(
         >>> model = qjax.from_pretrained("model.gguf", config=qjax.QuantConfig())  # doctest: +SKIP
     """
     source = open_checkpoint(path_or_id)
+    heads = source.config.num_key_value_heads
+    placement = None if mesh is None else Placement(mesh, heads)
     model, plan = skeleton(source, config, dtype, scan_layers)
     console = Console(stderr=True)
     hidden = not (progress and console.is_terminal)
     for item in track(plan, "Loading", console=console, transient=True, disable=hidden):
-        item.variable.set_value(_read(source, item))
+        item.variable.set_value(_read(source, item, placement))
     if source.data is not None:
         model.config_json = json.dumps(source.data)
     return model
 
 
-def _read(source: Checkpoint, item: Item):
+def _read(source: Checkpoint, item: Item, placement: Placement | None):
     """Return an array of the model: floating point, 4 bits as stored, or quantized now."""
     like = item.variable.get_raw_value()
+    sharding = None if placement is None else placement(item.path, like)
     if not isinstance(like, QTensor):
-        return read_float(source, item.where, like.shape, like.dtype)
+        return read_float(source, item.where, like, sharding)
     if item.where.names[0] in source.packed:
-        return read_packed(source, item.where)
-    return read_quantized(source, item.where, like)
+        return read_packed(source, item.where, sharding)
+    return read_quantized(source, item.where, like, sharding)
 
 
 def open_checkpoint(path_or_id) -> Checkpoint:

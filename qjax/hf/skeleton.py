@@ -72,12 +72,10 @@ def _quantization(source: Checkpoint, config) -> tuple[QuantConfig | None, tuple
         return config, None
     if isinstance(config, Mapping):
         asked = read_bnb_config(config, "config")
-        if asked.quant is None:
-            raise NotImplementedError("config: load_in_8bit; only 4-bit formats can be made")
     elif config is not None:
         raise TypeError(f"config must be a QuantConfig or a dict, got {type(config).__name__}")
     elif not source.packed:
-        asked = source.bnb  # a float checkpoint whose config.json asks for 4 bits
+        asked = source.bnb  # a float checkpoint whose config.json asks for 4 or 8 bits
     return (None, None) if asked is None else (asked.quant, asked.skip)
 
 

@@ -69,7 +69,9 @@ def causal_contexts(
             mask, rope = seen & near[:, None], config.sliding_rope or rope
         angles = None
         if config.positions == "rope" and positions is not None:
-            angles = rotation(rope, config.head_dim, positions)
+            # One choice for all tokens of a cache, whose keys are rotated already.
+            longest = None if cache is None else cache.slots
+            angles = rotation(rope, config.head_dim, positions, longest)
         contexts[kind] = Context(mask, bias, angles)
     return contexts, cache
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import qjax
 import qjax.cli
-from tests.hf.gguf_files import write_llama
+from tests.hf.gguf_files import write_model
 from tests.models.golden import FOLDER, write_bnb
 
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_of_save(tmp_path):
 
 
 def test_a_gguf_file(tmp_path):
-    write_llama(tmp_path / "model.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
+    write_model(tmp_path / "model.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
     result = run(tmp_path / "model.gguf")
     assert result.exit_code == 0, result.output
     # Blocks of 32 bytes and a float16 scale: 8.5 bits.
