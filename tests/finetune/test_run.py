@@ -40,7 +40,7 @@ def test_packed_texts_have_the_loss_that_they_have_alone(tmp_path):
     encoder = Encoder(make_tokenizer(), ChatTemplate(CHATML), 2)
     examples = read_examples(write_lines(tmp_path / "data.jsonl", *CHATS[:4]), encoder)
     model = golden_model("llama")
-    packed = pack(examples, 100)
+    packed = pack(examples, 60)
     assert len(packed.ids) == 2 and packed.segments.max() == 2
     loss = weighted_loss(model, packed.ids, packed.targets, packed.weights, packed.segments)
     alone = pack(examples, max(len(e.ids) for e in examples) - 1, together=False)

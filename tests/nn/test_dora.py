@@ -15,7 +15,7 @@ from qjax.nn.nnx_linear import LoraLinear
 from tests.nn.test_nnx_layers import CASES, F32, build, call, inputs
 
 DORA = LoraConfig(rank=4, alpha=12, dora=True)
-FAST = ("linear", "general_batch", "einsum_middle")
+FAST = ("linear", "einsum_middle")
 DENSE = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name in CASES
