@@ -54,15 +54,16 @@ def fuse(parameter: Fused) -> tuple[LoraConfig, Part]:
         ValueError: adapters that PEFT has no place for.
     """
     layers: list[Any] = [f.layer for f in parameter.parts]
-    held = [layer for layer in layers if layer.lora_a is not None]
+    has = [getattr(layer, "lora_a", None) is not None for layer in layers]
+    held = [layer for layer, adapted in zip(layers, has) if adapted]
     config = held[0].lora_config
     alike = {(c.scaling, c.rank, c.rslora) for c in (layer.lora_config for layer in held)}
     if config.dropout or config.dora or len(alike) > 1:
         raise ValueError(
             f"PEFT has no dropout, DoRA, or different ranks or alphas for {parameter.name!r}"
         )
-    parts = [Part.of(layer, parameter.index) if layer in held else None for layer in layers]
-    widths = [layer.weight_axes().shape[-1] for layer in layers]
+    parts = [Part.of(x, parameter.index) if adapted else None for x, adapted in zip(layers, has)]
+    widths = [f.weight.shape[-1] for f in parameter.parts]
     firsts = [part.a for part in parts if part is not None]
     count, _, rank = firsts[0].shape
     if all(np.array_equal(a, firsts[0]) for a in firsts):

@@ -314,3 +314,16 @@ def test_experts_whose_a_differs_are_written_with_twice_the_rank(tmp_path):
             assert other.lora_a.shape[-1] == (2 if part == "down_proj" else 4)
             # The same products, with zeros among them.
             np.testing.assert_allclose(one.float_weight(), other.float_weight(), rtol=1e-6)
+
+
+def test_experts_of_which_one_projection_is_adapted(tmp_path):
+    """PEFT's parameter holds gate and up; the columns of up are zero."""
+    model = load("mixtral")
+    add_lora(model, LoraConfig(rank=2, include="experts/gate"), rngs=nnx.Rngs(0))
+    qjax.save_adapter(model, tmp_path)
+    again = qjax.load_adapter(load("mixtral"), tmp_path)
+    gate, up = (getattr(again.layers[1].mlp.experts, part) for part in ("gate_proj", "up_proj"))
+    np.testing.assert_array_equal(
+        gate.lora_a[...], model.layers[1].mlp.experts.gate_proj.lora_a[...]
+    )
+    assert up.lora_a is gate.lora_a and not up.lora_b[...].any()
