@@ -16,6 +16,7 @@ def finetune(
     path: Annotated[
         str,
         typer.Argument(
+            metavar="PATH",
             help="The model: a folder with config.json, safetensors and tokenizer.json, a .gguf "
             "file, or the name of a model on the Hugging Face hub."
         ),
