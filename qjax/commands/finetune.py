@@ -18,7 +18,7 @@ def finetune(
         typer.Argument(
             metavar="PATH",
             help="The model: a folder with config.json, safetensors and tokenizer.json, a .gguf "
-            "file, or the name of a model on the Hugging Face hub."
+            "file, or the name of a model on the Hugging Face hub.",
         ),
     ],
     data: Annotated[
