@@ -10,6 +10,7 @@ from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.formats import register_format as register_format
 from qjax.core.qtensor import QTensor as QTensor
 from qjax.evaluation import evaluate as evaluate
+from qjax.hf.float_weights import float_weights as float_weights
 from qjax.hf.peft import load_adapter as load_adapter
 from qjax.hf.peft import save_adapter as save_adapter
 from qjax.hf.pretrained import from_pretrained as from_pretrained
@@ -26,8 +27,13 @@ from qjax.swap.linen_apply import apply as apply
 from qjax.swap.linen_apply import fused as fused
 from qjax.swap.merge import dequantize_model as dequantize_model
 from qjax.swap.merge import merge_lora as merge_lora
-from qjax.swap.nnx import add_lora as add_lora
 from qjax.swap.nnx import quantize_model as quantize_model
+from qjax.swap.nnx_adapters import active_adapter as active_adapter
+from qjax.swap.nnx_adapters import adapter_names as adapter_names
+from qjax.swap.nnx_adapters import delete_adapter as delete_adapter
+from qjax.swap.nnx_adapters import disable_adapter as disable_adapter
+from qjax.swap.nnx_adapters import set_adapter as set_adapter
+from qjax.swap.nnx_lora import add_lora as add_lora
 from qjax.swap.qat import fake_quantize_params as fake_quantize_params
 from qjax.swap.qat import fake_quantized as fake_quantized
 from qjax.swap.report import memory_footprint as memory_footprint

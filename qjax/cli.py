@@ -1,37 +1,21 @@
-"""The `qjax` command."""
-
-from pathlib import Path
-from typing import Annotated
+"""The `qjax` command: one module of `qjax.commands` for each of its parts."""
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from qjax.demo.run import DemoError, run
+from qjax.commands.demo import demo
+from qjax.commands.finetune import finetune
+from qjax.commands.inspect import inspect
+from qjax.commands.quantize import quantize
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="4-bit models in JAX and Flax.")
-
-
-@app.callback()
-def _root() -> None:
-    """Keep `qjax demo` a subcommand while it is the only one."""
-
-
-@app.command()
-def demo(
-    output: Annotated[
-        Path, typer.Option(help="Folder for the adapters and the loss curve.")
-    ] = Path("demo-output"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 40,
-) -> None:
-    """Quantize a real language model, ask it, fine-tune it, save, reload, and ask again."""
-    console = Console()
-    try:
-        run(output, steps=steps, console=console)
-    except (DemoError, ModuleNotFoundError) as error:
-        console.print(Text(str(error), style="bold red"))  # as it is: brackets are no markup
-        raise typer.Exit(1) from None
-
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",  # reflows the docstrings
+    pretty_exceptions_enable=False,
+    help="4-bit models in JAX and Flax.",
+)
+for _command in (demo, quantize, inspect, finetune):
+    app.command()(_command)
 
 if __name__ == "__main__":
     app()

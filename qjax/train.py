@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey, keystr
 
-ADAPTER_NAMES = ("lora_a", "lora_b")
+from qjax.nn.lora import ADAPTER_LEAVES
 
 PyTree = Any
 
@@ -27,7 +27,8 @@ def partition(params: PyTree) -> tuple[PyTree, PyTree]:
     """Split a parameter tree into its adapters and the rest.
 
     Args:
-        params: any pytree; its adapters are the leaves whose last key is "lora_a" or "lora_b".
+        params: any pytree; its adapters are the leaves whose last key is "lora_a", "lora_b" or
+            "lora_magnitude".
 
     Returns:
         `(trainable, frozen)`: two trees like `params`, each with None where the other has a leaf.
@@ -81,9 +82,9 @@ def lora_mask(params: PyTree) -> PyTree:
     mask = jax.tree_util.tree_map_with_path(lambda path, _: _is_adapter(path), params)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            f"params has no adapters, that is no leaf named {' or '.join(ADAPTER_NAMES)}; add them "
-            "with qjax.add_lora_params (an NNX model is split by nnx.split(model, nnx.LoRAParam, "
-            "...))"
+            f"params has no adapters, that is no leaf named {' or '.join(ADAPTER_LEAVES)}; add "
+            "them with qjax.add_lora_params (an NNX model is split by nnx.split(model, "
+            "nnx.LoRAParam, ...))"
         )
     return mask
 
@@ -132,7 +133,7 @@ def _is_adapter(path) -> bool:
     # nnx.Variable and nn.Partitioned hold their array in an attribute `value`.
     if path and path[-1] == GetAttrKey("value"):
         path = path[:-1]
-    return keystr(path[-1:], simple=True) in ADAPTER_NAMES
+    return keystr(path[-1:], simple=True) in ADAPTER_LEAVES
 
 
 def _zero_update(leaf) -> jax.Array:

@@ -29,10 +29,12 @@ LAYERS = {
     "qjax.checkpoint": FLAX | {"orbax"},
     "qjax.generate": FLAX,
     "qjax.models": FLAX,
-    "qjax.hf": FLAX | {"safetensors", "tokenizers", "huggingface_hub", "gguf"},
+    "qjax.hf": FLAX | {"safetensors", "tokenizers", "huggingface_hub", "gguf", "jinja2"},
     "qjax": FLAX,
     # Above the public names, which they use as any user does.
+    "qjax.finetune": FLAX | {"optax", "matplotlib"},
     "qjax.demo": FLAX | {"optax", "matplotlib"},
+    "qjax.commands": FLAX | {"typer"},
     "qjax.cli": FLAX | {"typer"},
 }
 RANKS = {layer: rank for rank, layer in enumerate(LAYERS)}

@@ -79,3 +79,12 @@ def test_numbers_are_the_measured_ones():
     stated = table_rows("| W (out x in) |")
     assert stated
     assert [row[:4] for row in stated if row[:4] not in measured] == []
+
+
+def test_gains_of_the_inits_are_the_measured_ones():
+    results = json.loads((ROOT / "benchmarks/results/lora_init.json").read_text())
+    assert f"({results['nf4_error']} of the weight)" in README
+    measured: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        measured.setdefault(row["init"], []).append(f"-{row['reduction_percent']} %")
+    assert {row[0]: row[1:] for row in table_rows("| init | rank 8 |")} == measured

@@ -8,6 +8,7 @@ from qjax.checkpoint.tree import Marks, nest
 from qjax.core.qtensor import QTensor
 from qjax.core.scales import CLASSES
 from qjax.nn.linen_box import QuantBox
+from qjax.nn.lora import ADAPTER_LEAVES
 
 _SCALES = {
     frozenset(f"scales/{field.name}" for field in dataclasses.fields(cls)): cls for cls in CLASSES
@@ -55,9 +56,10 @@ def _qtensor(q: QTensor, name: str, parts: dict[str, Any]) -> QTensor:
 
 
 def _box(box: QuantBox, name: str, scaling: float, parts: dict[str, Any]) -> QuantBox:
-    if set(parts) not in ({"q"}, {"q", "lora_a", "lora_b"}) or not isinstance(parts["q"], QTensor):
+    whole = set(parts) in ({"q"}, {"q", "lora_a", "lora_b"}, {"q", *ADAPTER_LEAVES})
+    if not whole or not isinstance(parts["q"], QTensor):
         raise ValueError(
-            f"{name}: a QuantBox is a QTensor q with or without lora_a and lora_b, "
-            f"found {sorted(parts)}"
+            f"{name}: a QuantBox is a QTensor q with or without lora_a and lora_b, and these with "
+            f"or without lora_magnitude, found {sorted(parts)}"
         )
     return dataclasses.replace(box, **parts, scaling=scaling)

@@ -65,6 +65,15 @@ def load(path: str | os.PathLike, like: Any = None) -> Any:
     )
 
 
+def describe(path: str | os.PathLike) -> Any:
+    """Return what `load(path)` would, with a `jax.ShapeDtypeStruct` for each array.
+
+    Raises:
+        ValueError: not a complete checkpoint of `save`.
+    """
+    return _shapes(_read_header(pathlib.Path(path).absolute()))
+
+
 def _leftover(path: pathlib.Path) -> str:
     old = path.with_name(path.name + OLD_SUFFIX)
     return f"; a save with overwrite=True ended early and left {old}" if old.exists() else ""
@@ -105,8 +114,12 @@ def _check_stored(header: Header, stored: Mapping[str, Any]) -> None:
         if str(found) != str(info):
             raise ValueError(f"{name}: expected {info} by the metadata, found {found} stored")
     nest(header.leaves)
+    _shapes(header)  # checks each QTensor's fields against its arrays
+
+
+def _shapes(header: Header) -> Any:
     shapes = {n: jax.ShapeDtypeStruct(i.shape, i.dtype) for n, i in header.leaves.items()}
-    assemble(header.marks, shapes)  # checks each QTensor's fields against its arrays
+    return assemble(header.marks, shapes)
 
 
 def _restore(

@@ -15,9 +15,10 @@ from jax.tree_util import keystr
 
 from qjax.core.qtensor import QTensor
 from qjax.nn.linen_box import QuantBox
+from qjax.nn.lora import ADAPTER_LEAVES
+from qjax.nn.nnx_adapter import ShelvedParam
 from qjax.nn.nnx_foreign import adapters_of
 from qjax.nn.nnx_layer import LoraLayer
-from qjax.train import ADAPTER_NAMES
 
 # What holds one array, or one QTensor, in its attribute `value`.
 _WRAPPERS = (nnx.Variable, meta.Partitioned)
@@ -151,8 +152,9 @@ def _walk(tree: Any, path: tuple[str, ...], marks: Marks) -> Iterator[tuple[tupl
         if is_node(leaf):
             yield from _walk(leaf, inner, marks)
         else:
-            adapter = isinstance(tree, nnx.LoRAParam) or "".join(inner[-1:]) in ADAPTER_NAMES
-            yield inner, leaf, adapter
+            adapter = isinstance(tree, nnx.LoRAParam) or "".join(inner[-1:]) in ADAPTER_LEAVES
+            aside = isinstance(tree, ShelvedParam) and "lora_shelf" in inner
+            yield inner, leaf, adapter or aside
 
 
 def _mark(node: Any, name: str, marks: Marks) -> None:

@@ -1,5 +1,6 @@
 """quantize: a float weight to a QTensor, slice by slice."""
 
+import dataclasses
 import functools
 import math
 
@@ -78,6 +79,13 @@ def quantize(
         raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
     statics = slice_shape, dtype, cfg.format, block_size, axes, layout, cfg.int8_threshold
     return QTensor(packed, scales, *statics)
+
+
+def quantize_like(w: jax.Array, q: QTensor, name: str = "w") -> QTensor:
+    """Quantize w, of any floating dtype, in the format, blocks and logical dtype of q."""
+    batch_ndim = w.ndim - len(q.slice_shape)
+    new = quantize(w, q.config, q.contract_axes, batch_ndim=batch_ndim, name=name)
+    return dataclasses.replace(new, dtype=q.dtype)
 
 
 def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:

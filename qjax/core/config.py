@@ -64,7 +64,7 @@ class QuantConfig:
         self._set("compute_dtype", dtype)
         self._set("include", patterns("include", self.include))
         self._set("exclude", patterns("exclude", self.exclude))
-        self._set("overrides", _overrides(self.overrides))
+        self._set("overrides", overrides(self.overrides, _OVERRIDABLE))
         for pattern, fields in self.overrides:
             try:
                 self._replace(fields)
@@ -139,16 +139,14 @@ def patterns(name: str, value) -> tuple[str, ...] | None:
     return value
 
 
-def _overrides(value) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+def overrides(value, known: tuple[str, ...]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """Return an `overrides` argument as pairs, hashable; its fields must be among the known."""
     pairs = value.items() if isinstance(value, Mapping) else value
     result = []
     for pattern, fields in pairs:
         patterns("overrides", pattern)
         fields = dict(fields)
-        unknown = sorted(set(fields) - set(_OVERRIDABLE))
-        if unknown:
-            raise ValueError(
-                f"overrides[{pattern!r}] has unknown fields {unknown}; known: {_OVERRIDABLE}"
-            )
+        if unknown := sorted(set(fields) - set(known)):
+            raise ValueError(f"overrides[{pattern!r}] has unknown fields {unknown}; known: {known}")
         result.append((pattern, tuple(sorted(fields.items()))))
     return tuple(result)

@@ -21,6 +21,7 @@ import qjax
 from qjax.demo import model as demo_model
 from qjax.demo.finetune import finetune
 from qjax.demo.lessons import Lessons, TokenSet, load_lessons, tokenize
+from qjax.finetune.plot import plot_losses
 
 _PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 BATCH_SIZE = 8
@@ -58,7 +59,7 @@ def run(output: Path, *, steps: int, console: Console) -> None:
     console.rule("4. Fine-tune LoRA adapters on what it cannot know")
     model = qjax.add_lora(model, demo_model.lora_config(), rngs=nnx.Rngs(0))
     losses = _train(model, tokenize(tokenizer, lessons.pairs()), steps, console)
-    plot_losses(losses, output / "loss.png")
+    plot_losses(losses, output / "loss.png", "LoRA on NF4 SmolLM2-135M")
 
     console.rule("5. Ask again: questions that it was not trained on")
     tokens, after = _ask(model, tokenizer, lessons, console)
@@ -158,17 +159,6 @@ def _answers(lessons: Lessons, before: Sequence[str], after: Sequence[str]) -> T
         verdict = "right" if fact.is_right(new) else "wrong"
         table.add_row(*(Text(cell) for cell in (fact.held_out, old, new, verdict)))
     return table
-
-
-def plot_losses(losses: Sequence[float], file: Path) -> None:
-    """Draw the training loss of each step to a PNG."""
-    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
-
-    axes = (figure := Figure(figsize=(6, 3.5), layout="constrained")).subplots()
-    axes.plot(range(1, len(losses) + 1), losses)
-    axes.set(xlabel="step", ylabel="loss (nats per answer token)", title="LoRA on NF4 SmolLM2-135M")
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
 
 
 def _save_and_reload(model: Any, folder: Path, console: Console) -> np.ndarray:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,61 +55,85 @@ def packed_weights(tensors: Collection[str]) -> dict[str, frozenset[str]]:
     return weights
 
 
-def read_qtensor(read: Read, name: str, parts: Collection[str]) -> QTensor:
-    """Read the weight `name`, [out, in] in the file, as a QTensor [in, out].
+def qtensor_like(read: Read, name: str, parts: Collection[str]) -> QTensor:
+    """Return the weight `name` as a QTensor [in, out] of abstract arrays; reads the quant_state.
 
     Args:
         read: reads a tensor.
-        name: such as "model.layers.0.mlp.up_proj.weight".
+        name: such as "model.layers.0.mlp.up_proj.weight", [out, in] in the file.
         parts: its tensors, as `packed_weights` gives them.
+
+    Raises:
+        ValueError: the quant_state is not one.
+    """
+    state_name, state = _read_state(read, parts)
+    out, fan_in = state["shape"]
+    block = state["blocksize"]
+    empty: Any = None
+    q = QTensor(
+        packed=empty,
+        scales=empty,
+        slice_shape=(fan_in, out),
+        dtype=jnp.dtype(state["dtype"]),
+        format=state_name.partition(_STATE)[2],
+        block_size=block,
+        contract_axes=(0,),
+        layout=layout_for(fan_in, block),
+    )
+    abstract: Any = jax.ShapeDtypeStruct
+    packed, scales = array_shapes(q)
+    first = abstract(scales, np.float32)
+    if "nested_offset" in state:
+        groups = -(-math.prod(scales) // SECOND_LEVEL_BLOCK)
+        first = DoubleQuant(
+            codes=abstract(scales, np.uint8),
+            absmax=abstract((groups,), np.float32),
+            offset=abstract((), np.float32),
+        )
+    return dataclasses.replace(q, packed=abstract(packed, np.uint8), scales=first)
+
+
+def read_qtensor(read: Read, name: str, parts: Collection[str]) -> QTensor:
+    """Read the weight `name`; the arguments are those of `qtensor_like`.
 
     Raises:
         ValueError: a part is missing, or does not fit the quant_state.
     """
-    state_name = next(part for part in parts if _STATE in part)
-    state = _parse_state(state_name, bytes(np.ascontiguousarray(read(state_name))))
-    format = state_name.partition(_STATE)[2]
-    if state["quant_type"] != format or format not in _FORMATS:
-        raise ValueError(
-            f"{state_name!r}: quant_type={state['quant_type']!r} must be the name's, "
-            f"one of {_FORMATS}"
-        )
-    out, fan_in = state["shape"]
-    block = state["blocksize"]
-    layout = layout_for(fan_in, block)
-    dtype = jnp.dtype(state["dtype"])
-    empty: Any = None
-    q = QTensor(empty, empty, (fan_in, out), dtype, format, block, (0,), layout)
-    packed_shape, scales_shape = array_shapes(q)
+    like = qtensor_like(read, name, parts)
+    state = _read_state(read, parts)[1]
 
-    def part(suffix, dtype, shape):
+    def part(suffix, like):
         if name + suffix not in parts:
             raise ValueError(f"{name!r} has no {name + suffix!r}")
         value = read(name + suffix)
         if suffix == "":
             value = value.view(np.uint8)  # bnb_4bit_quant_storage: any dtype may hold the bytes
-        if value.dtype != dtype or value.size != math.prod(shape):
+        if value.dtype != like.dtype or value.size != math.prod(like.shape):
             raise ValueError(
                 f"{name + suffix!r} is {value.dtype.name}{list(value.shape)}; shape "
-                f"{state['shape']} in blocks of {block} needs {math.prod(shape)} "
-                f"{np.dtype(dtype).name}"
+                f"{state['shape']} in blocks of {state['blocksize']} needs "
+                f"{math.prod(like.shape)} {like.dtype.name}"
             )
-        return np.ascontiguousarray(value).reshape(shape)
+        return jnp.asarray(np.ascontiguousarray(value).reshape(like.shape))
 
-    _check_table(name + ".quant_map", part(".quant_map", np.float32, (16,)), codebook(format))
-    if "nested_offset" not in state:
-        scales = jnp.asarray(part(".absmax", np.float32, scales_shape))
-    else:
-        groups = (-(-math.prod(scales_shape) // SECOND_LEVEL_BLOCK),)
-        table = part(".nested_quant_map", np.float32, (256,))
-        _check_table(name + ".nested_quant_map", table, dynamic_table())
+    def table(suffix, expected):
+        found = part(suffix, jax.ShapeDtypeStruct(expected.shape, np.float32))
+        # Zero has a sign in some of bitsandbytes' FP4 tables: compared as numbers.
+        if not np.array_equal(found, expected):
+            raise ValueError(f"{name + suffix!r} is not the table of its format")
+
+    table(".quant_map", codebook(like.format))
+    scales: Any = like.scales
+    if isinstance(scales, DoubleQuant):
+        table(".nested_quant_map", dynamic_table())
         scales = DoubleQuant(
-            codes=jnp.asarray(part(".absmax", np.uint8, scales_shape)),
-            absmax=jnp.asarray(part(".nested_absmax", np.float32, groups)),
+            codes=part(".absmax", scales.codes),
+            absmax=part(".nested_absmax", scales.absmax),
             offset=jnp.float32(state["nested_offset"]),
         )
-    packed = jnp.asarray(part("", np.uint8, packed_shape))
-    return dataclasses.replace(q, packed=packed, scales=scales)
+    else:
+        scales = part(".absmax", scales)
+    return dataclasses.replace(like, packed=part("", like.packed), scales=scales)
 
 
 def write_qtensor(name: str, q: QTensor) -> dict[str, np.ndarray]:
@@ -139,15 +164,16 @@ def write_qtensor(name: str, q: QTensor) -> dict[str, np.ndarray]:
     return {**tensors, f"{name}{_STATE}{q.format}": np.frombuffer(text, np.uint8)}
 
 
-def read_int8(read: Read, name: str, scale_name: str) -> np.ndarray:
-    """Decode an 8-bit weight [out, in] to float32: code * SCB / 127, a scale for each row."""
-    codes, scale = read(name), read(scale_name)
-    if codes.dtype != np.int8 or codes.ndim != 2 or scale.shape != codes.shape[:1]:
+def _read_state(read: Read, parts: Collection[str]) -> tuple[str, Mapping[str, Any]]:
+    """Return the name and the contents of the quant_state."""
+    name = next(part for part in parts if _STATE in part)
+    state = _parse_state(name, bytes(np.ascontiguousarray(read(name))))
+    format = name.partition(_STATE)[2]
+    if state["quant_type"] != format or format not in _FORMATS:
         raise ValueError(
-            f"{name!r} is {codes.dtype.name}{list(codes.shape)} with SCB {list(scale.shape)}, "
-            "must be int8 [out, in] with SCB [out]"
+            f"{name!r}: quant_type={state['quant_type']!r} must be the name's, one of {_FORMATS}"
         )
-    return codes.astype(np.float32) * (scale.astype(np.float32) / np.float32(127))[:, None]
+    return name, state
 
 
 def _parse_state(name: str, data: bytes) -> Mapping[str, Any]:
@@ -182,9 +208,3 @@ def _parse_state(name: str, data: bytes) -> Mapping[str, Any]:
 
 def _is_size(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and n > 0
-
-
-def _check_table(name: str, table: np.ndarray, expected: np.ndarray) -> None:
-    # Zero has a sign in some of bitsandbytes' FP4 tables: compared as numbers.
-    if not np.array_equal(table, expected):
-        raise ValueError(f"{name!r} is not the table of its format")

@@ -1,5 +1,6 @@
 """BitsAndBytesConfig, the `quantization_config` of a config.json, as a `QuantConfig` and back."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qjax.core.config import QuantConfig
+from qjax.core.qtensor import QTensor
 
 # Keys of transformers 5.23's BitsAndBytesConfig, with its defaults, in the order of config.json.
 _DEFAULTS: dict[str, Any] = {
@@ -27,16 +29,19 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+FORMATS_4BIT = ("nf4", "fp4")
+
+
 @dataclass(frozen=True)
 class BnbConfig:
     """What a BitsAndBytesConfig asks for.
 
     Attributes:
-        quant: the weights' format, with no patterns; None where it asks for 8 bits.
+        quant: the weights' format, with no patterns.
         skip: module names, in Hugging Face's spelling, that stay in floating point.
     """
 
-    quant: QuantConfig | None
+    quant: QuantConfig
     skip: tuple[str, ...] | None
 
 
@@ -62,30 +67,46 @@ def read_bnb_config(data: Mapping[str, Any], where: str = "quantization_config")
         )
     skip = data["llm_int8_skip_modules"]
     skip = None if skip is None else tuple(skip)
-    if eight:
-        return BnbConfig(None, skip)
     try:
-        quant = QuantConfig(
-            format=data["bnb_4bit_quant_type"],
-            double_quant=data["bnb_4bit_use_double_quant"],
-            compute_dtype=jnp.dtype(data["bnb_4bit_compute_dtype"]),
-        )
+        quant = _int8(data) if eight else _four_bit(data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
     return BnbConfig(quant, skip)
 
 
-def write_bnb_config(
-    format: str, double_quant: bool, compute_dtype: Any, skip: list[str] | None
-) -> dict[str, Any]:
-    """Return the `quantization_config` of a 4-bit checkpoint."""
-    return _DEFAULTS | {
+def _four_bit(data: Mapping[str, Any]) -> QuantConfig:
+    if data["bnb_4bit_quant_type"] not in FORMATS_4BIT:
+        raise ValueError(
+            f"bnb_4bit_quant_type={data['bnb_4bit_quant_type']!r} must be one of {FORMATS_4BIT}"
+        )
+    return QuantConfig(
+        format=data["bnb_4bit_quant_type"],
+        double_quant=data["bnb_4bit_use_double_quant"],
+        compute_dtype=jnp.dtype(data["bnb_4bit_compute_dtype"]),
+    )
+
+
+def _int8(data: Mapping[str, Any]) -> QuantConfig:
+    """LLM.int8(), which multiplies in float16; a threshold of 0 looks for no outliers."""
+    threshold = data["llm_int8_threshold"] or math.inf
+    return QuantConfig(format="int8", int8_threshold=threshold, compute_dtype=jnp.float16)
+
+
+def write_bnb_config(q: QTensor, compute_dtype: Any, skip: list[str] | None) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint with weights like this one."""
+    common = _DEFAULTS | {"llm_int8_skip_modules": skip}
+    if q.format == "int8":
+        threshold = q.int8_threshold or 0.0
+        found = 0.0 if math.isinf(threshold) else threshold
+        return common | {
+            "_load_in_8bit": True, "load_in_8bit": True, "llm_int8_threshold": found
+        }  # fmt: skip
+    return common | {
         "_load_in_4bit": True,
         "load_in_4bit": True,
         "bnb_4bit_compute_dtype": jnp.dtype(compute_dtype).name,
-        "bnb_4bit_quant_type": format,
-        "bnb_4bit_use_double_quant": double_quant,
-        "llm_int8_skip_modules": skip,
+        "bnb_4bit_quant_type": q.format,
+        "bnb_4bit_use_double_quant": q.double_quant,
     }
 
 

@@ -15,11 +15,13 @@ from safetensors.numpy import save_file
 
 from qjax.core.qtensor import QTensor
 from qjax.hf.bitsandbytes import write_qtensor
-from qjax.hf.bnb_config import write_bnb_config
+from qjax.hf.bnb_config import FORMATS_4BIT, write_bnb_config
+from qjax.hf.bnb_int8 import write_int8
 from qjax.hf.extras import write_whole
 from qjax.hf.families import Family, family
 from qjax.hf.layout import Stored, arrays, stored
 from qjax.models.base import Pretrained
+from qjax.nn.nnx_adapter import base_param, saved_params
 from qjax.nn.nnx_layer import LoraLayer, QuantLayer
 
 LAYOUTS = ("bitsandbytes", "float")
@@ -40,10 +42,10 @@ def save_pretrained(
     Args:
         model: a language model of this library.
         path: the folder, made if it is missing; files of the same names are replaced.
-        layout: "bitsandbytes" writes 4-bit weights as they are, byte for byte what transformers
-            with bitsandbytes writes; experts, for which it has no layout, are decoded. Adapters
-            are left out. "float" decodes all weights, and merges adapters into theirs.
-        dtype: of float weights; None keeps each one's own.
+        layout: "bitsandbytes" writes NF4, FP4 and int8 weights as they are, byte for byte what
+            transformers with bitsandbytes writes; experts, for which it has no layout, are decoded.
+            Adapters are left out. "float" decodes all weights, and merges adapters into theirs.
+        dtype: of float weights; None keeps the model's.
         config: the config.json to write, for a model that was not loaded from a folder.
         max_shard_size: bytes in a file before another is begun.
 
@@ -56,8 +58,7 @@ def save_pretrained(
     known = family(data)
     if layout == "bitsandbytes":
         data["quantization_config"] = _bnb_config(model, known)
-    if dtype is not None:
-        data["dtype" if "torch_dtype" not in data else "torch_dtype"] = jnp.dtype(dtype).name
+    _name_dtype(data, model.dtype if dtype is None else jnp.dtype(dtype))
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, _tensors(model, known, layout, dtype), max_shard_size)
@@ -73,6 +74,13 @@ def _config_json(model: Pretrained, config: Mapping[str, Any] | None) -> dict[st
     data = dict(json.loads(text or "{}") if config is None else config)
     data.pop("quantization_config", None)
     return data
+
+
+def _name_dtype(data: dict[str, Any], dtype) -> None:
+    """Have config.json say the dtype, under the key it has; float32 need not be said."""
+    key = "torch_dtype" if "torch_dtype" in data else "dtype"
+    if data.get(key, "float32") != dtype.name:
+        data[key] = dtype.name
 
 
 def _bnb_config(model: Pretrained, known: Family) -> dict[str, Any]:
@@ -93,10 +101,14 @@ def _bnb_config(model: Pretrained, known: Family) -> dict[str, Any]:
         else:
             plain += [tensor.removesuffix(".weight") for tensor in where.names]
             odd |= not by_default
-    q = getattr(layers[0], layers[0].weight_name).q
-    return write_bnb_config(
-        q.format, q.double_quant, layers[0].compute_dtype, sorted(plain) if odd else None
-    )
+    held = [getattr(layer, layer.weight_name).q for layer in layers]
+    formats = {q.format for q in held}
+    if not (formats == {"int8"} or formats <= set(FORMATS_4BIT)):
+        raise ValueError(
+            f"layout='bitsandbytes' holds {FORMATS_4BIT} or 'int8', the model has weights in "
+            f"{sorted(formats)}; use layout='float'"
+        )
+    return write_bnb_config(held[0], layers[0].compute_dtype, sorted(plain) if odd else None)
 
 
 def _tensors(
@@ -106,6 +118,8 @@ def _tensors(
     for path, layer, leaf in arrays(model):
         where = stored(known, model.config, path, layer, leaf)
         value = getattr(layer, leaf).get_raw_value()
+        if layout == "bitsandbytes" and leaf in saved_params(layer):
+            value = base_param(layer, leaf).get_raw_value()
         if isinstance(layer, LoraLayer) and layer.lora_a is not None and layout == "float":
             value = layer.float_weight(dtype) if leaf == layer.weight_name else value
         for i, name in enumerate(where.names):
@@ -121,7 +135,7 @@ def _one(value, where: Stored, index: int):
 def _tensor(name: str, value, where: Stored, layout: str, dtype) -> dict[str, np.ndarray]:
     dense = isinstance(value, QTensor) and value.contract_axes == (0,) and not value.batch_shape
     if layout == "bitsandbytes" and dense and not where.stacks_experts:
-        return write_qtensor(name, value)
+        return (write_int8 if value.format == "int8" else write_qtensor)(name, value)
     if isinstance(value, QTensor):
         value = value.dequantize(dtype)
     array = np.asarray(value if dtype is None else value.astype(dtype))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from qjax.hf.families import Family
+from qjax.nn.nnx_adapter import SavedParam
 from qjax.nn.nnx_param import QuantParam
 
 # What a layer calls its arrays -> what files call them.
@@ -35,7 +36,8 @@ def arrays(model: nnx.Module) -> Iterator[tuple[tuple, nnx.Module, str]]:
     """Yield (path of the layer, layer, name of the array) for all weights of the model."""
     for path, layer in nnx.iter_modules(model):
         for leaf, value in vars(layer).items():
-            if isinstance(value, nnx.Param | QuantParam) and not isinstance(value, nnx.LoRAParam):
+            of_base = isinstance(value, nnx.Param | QuantParam | SavedParam)
+            if of_base and (isinstance(value, SavedParam) or not isinstance(value, nnx.LoRAParam)):
                 yield path, layer, leaf
 
 
@@ -45,7 +47,7 @@ def stored(family: Family, config, path: tuple, layer: nnx.Module, leaf: str) ->
     Raises:
         KeyError: the family has no name for it.
     """
-    template, indices, stack = _layer_axis(path, config)
+    template, indices, stack = layer_axis(path, config)
     conv1d = family.conv1d and template[0] == "layers" and leaf == "kernel"
     own = "/".join([*template, leaf])
     if own in family.names:
@@ -61,7 +63,7 @@ def stored(family: Family, config, path: tuple, layer: nnx.Module, leaf: str) ->
     return Stored(names, stack, transposed, "{e}" in name, 0 if conv1d else 1)
 
 
-def _layer_axis(path: tuple, config) -> tuple[tuple[str, ...], range, tuple[int, ...]]:
+def layer_axis(path: tuple, config) -> tuple[tuple[str, ...], range, tuple[int, ...]]:
     """Return the path with "{}" for the layer's index, its indices, and the stacked axis."""
     for i, part in enumerate(path):
         if isinstance(part, int):

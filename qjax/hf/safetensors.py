@@ -1,7 +1,7 @@
 """A model folder of Hugging Face: config.json and safetensors, one file or shards with an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qjax.core.qtensor import QTensor
-from qjax.hf.bitsandbytes import packed_weights, read_int8, read_qtensor
+from qjax.hf.bitsandbytes import packed_weights, qtensor_like, read_qtensor
 from qjax.hf.bnb_config import BnbConfig, read_bnb_config
+from qjax.hf.bnb_int8 import int8_like, int8_weights, read_int8
 from qjax.hf.families import Family, family
+from qjax.hf.mxfp4 import decode_mxfp4, mxfp4_weights
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Keys of config.json that say how many of something there are, each with tensors of its own.
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "num_local_experts")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -27,44 +31,50 @@ class SafetensorsFolder:
         data: the whole config.json.
         bnb: its `quantization_config`, or None.
         tensors: names of the weights, as the family spells them.
-        packed: those that are 4-bit weights of bitsandbytes -> the tensors of each.
+        packed: those that are weights of bitsandbytes, in 4 or 8 bits -> the tensors of each.
     """
 
     def __init__(self, folder: Path):
         data = read_json(folder / "config.json")
-        self.bnb: BnbConfig | None = None
-        if data.get("quantization_config"):
-            where = f"{folder / 'config.json'}: quantization_config"
-            if not isinstance(data["quantization_config"], dict):
-                raise ValueError(f"{where} must be a JSON object")
-            self.bnb = read_bnb_config(data["quantization_config"], where)
         self.data = data
         self.path = folder
+        self.bnb = self._read_bnb()
         self.family: Family = family(data)
         files = _tensor_files(folder)
         self._stored = {_today(name, self.family, files): name for name in files}
         self._files = {name: files[old] for name, old in self._stored.items()}
         try:
-            self.packed = packed_weights(self._stored)
+            four_bit = packed_weights(self._stored)
+            self._mxfp4 = mxfp4_weights(self._stored)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-        parts = {part for name, parts in self.packed.items() for part in parts - {name}}
-        int8 = {name.removesuffix(".SCB") for name in self._stored if name.endswith(".SCB")}
-        parts |= {name + suffix for name in int8 for suffix in (".SCB", ".weight_format")}
-        self._scales = {f"{name}.weight": f"{name}.SCB" for name in int8}
-        self.tensors = frozenset(self._stored) - parts
+        self._int8 = int8_weights(self._stored)
+        self.packed = {**four_bit, **self._int8}
+        parts = {part for held in (*self.packed.values(), *self._mxfp4.values()) for part in held}
+        weights = self._mxfp4.keys() | (self.packed.keys() & self._stored.keys())
+        self.tensors = frozenset(self._stored.keys() - parts | weights)
         self.config = self._read_config()
         dtype = data.get("dtype") or data.get("torch_dtype") or "float32"
         if dtype not in _DTYPES:
             raise ValueError(f"{folder / 'config.json'}: dtype={dtype!r} must be one of {_DTYPES}")
         self.dtype: str = dtype
 
+    def _read_bnb(self) -> BnbConfig | None:
+        data = self.data.get("quantization_config")
+        if not data:
+            return None
+        where = f"{self.path / 'config.json'}: quantization_config"
+        if not isinstance(data, dict):
+            raise ValueError(f"{where} must be a JSON object")
+        # The tensors themselves show what is in MXFP4.
+        return None if data.get("quant_method") == "mxfp4" else read_bnb_config(data, where)
+
     def _read_config(self):
         file = self.path / "config.json"
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
-            layers = self.data.get(key)
-            if isinstance(layers, int) and layers > len(self.tensors):
-                raise ValueError(f"{file} says {key}={layers}: more than there are tensors")
+        for key in _COUNTS:
+            count = self.data.get(key)
+            if isinstance(count, int) and count > len(self.tensors):
+                raise ValueError(f"{file} says {key}={count}: more than there are tensors")
         try:
             return self.family.config(self.data, self.tensors)
         except KeyError as error:
@@ -77,29 +87,44 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in torch's layout, [out, in] for a linear layer, in its stored dtype.
 
-        An 8-bit weight of bitsandbytes is decoded to float32.
+        One in MXFP4 is decoded to bfloat16 [experts, in, out], which is how gpt-oss has it in
+        float.
         """
-        if name in self._scales:
-            return self._explain(read_int8, name, self._scales[name])
-        return self._read(name)
+        if name not in self._mxfp4:
+            return self._read(name)
+        return self._explain(decode_mxfp4, name, *map(self._read, self._mxfp4[name]))
+
+    def packed_like(self, name: str) -> QTensor:
+        """Return a 4-bit or 8-bit weight of bitsandbytes as a QTensor [in, out], abstract."""
+        if name not in self._int8:
+            return self._explain(qtensor_like, self._read, name, self.packed[name])
+        threshold = self.bnb.quant.int8_threshold if self.bnb else None
+        shape = self._open(name, lambda f, stored: f.get_slice(stored).get_shape())
+        return self._explain(int8_like, tuple(shape), name, self.dtype, threshold)
 
     def read_packed(self, name: str) -> QTensor:
-        """Return a 4-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""
-        return self._explain(read_qtensor, name, self.packed[name])
+        """Return a 4-bit or 8-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""
+        if name not in self._int8:
+            return self._explain(read_qtensor, self._read, name, self.packed[name])
+        like = self.packed_like(name)
+        return self._explain(read_int8, self._read, name, self.packed[name], like)
 
     def _explain(self, read, *args):
         try:
-            return read(self._read, *args)
+            return read(*args)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
     def _read(self, name: str) -> np.ndarray:
-        file = self._files[name]
+        return self._open(name, lambda file, stored: file.get_tensor(stored))
+
+    def _open(self, name: str, get: Callable[[Any, str], Any]) -> Any:
+        path = self._files[name]
         try:
-            with safe_open(file, framework="numpy") as f:
-                return f.get_tensor(self._stored[name])
+            with safe_open(path, framework="numpy") as file:
+                return get(file, self._stored[name])
         except SafetensorError as error:
-            raise ValueError(f"{file}: tensor {name!r} cannot be read: {error}") from None
+            raise ValueError(f"{path}: tensor {name!r} cannot be read: {error}") from None
 
 
 def read_json(file: Path) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.blockwise import quantize
 from qjax.core.qtensor import QTensor
@@ -17,42 +18,57 @@ from qjax.hf.safetensors import SafetensorsFolder
 Checkpoint = SafetensorsFolder | GGUFFile
 
 
-def read_float(source: Checkpoint, where: Stored, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Read an array in floating point.
+def read_float(source: Checkpoint, where: Stored, like: Any, sharding: Any = None) -> jax.Array:
+    """Read an array in floating point, onto its shards.
 
     Args:
-        shape: of the whole array, stacked axes first.
+        like: shape of the whole array, stacked axes first, and dtype.
+        sharding: None is the default device.
     """
-    each = shape[len(where.stack) :]
-    values = []
-    for name in where.names:
-        value = _read(source, name, where, each)
-        values.append(value.T if where.transposed else value)
-    if not where.stack:
-        return jnp.asarray(values[0], dtype)
-    return jnp.asarray(np.stack(values).reshape(shape), dtype)
+    each = like.shape[len(where.stack) :]
+    values = [_read(source, name, where, each) for name in where.names]
+    values = [value.T if where.transposed else value for value in values]
+    whole = np.stack(values).reshape(like.shape) if where.stack else values[0]
+    if sharding is None:
+        return jnp.asarray(whole, like.dtype)
+    return jax.device_put(whole.astype(like.dtype), sharding)  # no device gets the whole
 
 
-def read_packed(source: Checkpoint, where: Stored, shape: tuple[int, ...]) -> QTensor:
-    """Read a weight of which the checkpoint holds 4-bit bytes, as they are."""
+def packed_like(source: Checkpoint, where: Stored, shape: tuple[int, ...]) -> QTensor:
+    """Describe a weight of which the checkpoint holds 4-bit bytes: a QTensor of abstract arrays."""
     each = shape[len(where.stack) :]
     found = []
     for name in where.names:
-        q = source.read_packed(name)
-        if q.shape != each:
+        q = source.packed_like(name)
+        if q.slice_shape != each:
             raise ValueError(
-                f"{source.path}: 4-bit tensor {name!r} has shape {list(q.shape[::-1])}, "
+                f"{source.path}: 4-bit tensor {name!r} has shape {list(q.slice_shape[::-1])}, "
                 f"its config says {list(each[::-1])}"
             )
         found.append(q)
-    return _stack(found, where.stack, source)
+    if len(set(map(jax.tree.structure, found))) > 1:
+        raise ValueError(
+            f"{source.path}: 4-bit weights of different formats cannot be stacked; "
+            "load with scan_layers=False"
+        )
+    stack = where.stack
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((*stack, *a.shape), a.dtype), found[0])
 
 
-def read_quantized(source: Checkpoint, where: Stored, like: QTensor) -> QTensor:
-    """Read a weight and quantize each tensor as it arrives, on the device.
+def read_packed(source: Checkpoint, where: Stored, sharding: Any = None) -> QTensor:
+    """Read a weight of which the checkpoint holds 4-bit bytes, as they are."""
+    found = [_put_slice(source.read_packed(name), where, sharding) for name in where.names]
+    return _stack(found, where.stack, sharding)
+
+
+def read_quantized(
+    source: Checkpoint, where: Stored, like: QTensor, sharding: Any = None
+) -> QTensor:
+    """Read a weight and quantize each tensor as it arrives, on the default device.
 
     Args:
         like: of the whole weight, abstract: its shape, dtype, format and double quantization.
+        sharding: a QTensor with that of each array, of the whole weight.
     """
     each = like.shape[len(where.stack) :]
     found = []
@@ -61,8 +77,8 @@ def read_quantized(source: Checkpoint, where: Stored, like: QTensor) -> QTensor:
         q = quantize(w, like.config, (where.block_axis,), batch_ndim=w.ndim - 2, name=name)
         if where.transposed:  # the same bytes, described the other way round
             q = dataclasses.replace(q, slice_shape=q.slice_shape[::-1], contract_axes=(0,))
-        found.append(jax.block_until_ready(q))
-    return _stack(found, where.stack, source)
+        found.append(jax.block_until_ready(_put_slice(q, where, sharding)))
+    return _stack(found, where.stack, sharding)
 
 
 def _read(source: Checkpoint, name: str, where: Stored, each: tuple[int, ...]) -> np.ndarray:
@@ -78,12 +94,19 @@ def _read(source: Checkpoint, name: str, where: Stored, each: tuple[int, ...]) -
     return value
 
 
-def _stack(found: Sequence[QTensor], stack: tuple[int, ...], source: Checkpoint) -> QTensor:
+def _put_slice(q: QTensor, where: Stored, sharding: Any) -> QTensor:
+    """Put one of the tensors of a weight where its part of the whole will be."""
+    if sharding is None:
+        return q
+    leading = len(where.stack)
+    of_slice = jax.tree.map(
+        lambda s: NamedSharding(s.mesh, PartitionSpec(*s.spec[leading:])), sharding
+    )
+    return jax.device_put(q, of_slice)
+
+
+def _stack(found: Sequence[QTensor], stack: tuple[int, ...], sharding: Any) -> QTensor:
     if not stack:
         return found[0]
-    if len({jax.tree.structure(q) for q in found}) > 1:
-        raise ValueError(
-            f"{source.path}: 4-bit weights of different formats cannot be stacked; "
-            "load with scan_layers=False"
-        )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*stack, *leaves[0].shape), *found)
+    q = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*stack, *leaves[0].shape), *found)
+    return q if sharding is None else jax.device_put(q, sharding)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qjax.hf.extras import require
 from qjax.hf.gguf import Metadata
+from qjax.hf.hub import locate
 
 # `tokenizer.ggml.pre`, the name of how text is cut up before byte-pair merging -> digits apart?
 _DIGITS_APART = {"smollm": True, "gpt-2": False, "default": False}
@@ -11,7 +12,10 @@ _CONTROL = 3  # gguf token type: special tokens, matched before anything else
 
 
 def load_tokenizer(path):
-    """Return the `tokenizers.Tokenizer` of a model folder, a tokenizer.json or a .gguf file.
+    """Return the `tokenizers.Tokenizer` of a model.
+
+    Args:
+        path: a model folder, a tokenizer.json, a .gguf file or the name of a model on the hub.
 
     Raises:
         ValueError: no tokenizer there.
@@ -22,7 +26,8 @@ def load_tokenizer(path):
         >>> ids = tokenizer.encode("Hello").ids  # doctest: +SKIP
     """
     tokenizers = require("tokenizers", "hf")
-    path = Path(path).expanduser()
+    file = Path(path).expanduser()
+    path = file if file.is_file() else locate(path)
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():

@@ -10,10 +10,12 @@ class Pretrained(nnx.Module):
 
     Attributes:
         config: what it looks like.
+        dtype: of the computation.
         config_json: that file's text; None for a model built from a config.
     """
 
     config: Any
+    dtype: Any
     config_json: str | None = None
 
     def save_pretrained(self, path, layout: str = "bitsandbytes", **options) -> None:

@@ -11,7 +11,7 @@ from qjax.models.base import Pretrained
 from qjax.models.block import Block
 from qjax.models.cache import KVCache, init_cache
 from qjax.models.config import ModelConfig
-from qjax.models.context import causal_contexts
+from qjax.models.context import causal_contexts, segment_positions
 from qjax.models.norm import make_norm
 from qjax.models.stack import make_layers, run_layers
 
@@ -58,7 +58,7 @@ class CausalLM(Pretrained):
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(width, config.vocab_size, use_bias=False, **kinds)
 
-    def __call__(self, ids, attention_mask=None, *, positions=None) -> jax.Array:
+    def __call__(self, ids, attention_mask=None, *, positions=None, segment_ids=None) -> jax.Array:
         """Return float32 logits [B, T, vocab] for the token after each of `ids`.
 
         Args:
@@ -66,12 +66,28 @@ class CausalLM(Pretrained):
             attention_mask: int32 or bool [B, T], 0 on padding (left, right or both). Logits at
                 padding are meaningless.
             positions: int32 [B, T]; None counts columns from 0 (for OPT, the real tokens).
+            segment_ids: int32 [B, T] of texts packed in one row, from 1, and 0 on padding, in place
+                of a mask: tokens see their own text alone, and positions begin anew in each.
         """
         ids, attention_mask = as_tokens(ids, attention_mask)
-        hidden, _ = self.hidden(ids, attention_mask, positions=positions)
+        if segment_ids is not None:
+            if attention_mask is not None:
+                raise ValueError("segment_ids says what is padding: leave attention_mask out")
+            segment_ids = jnp.asarray(segment_ids)
+            attention_mask = segment_ids != 0
+            positions = segment_positions(segment_ids) if positions is None else positions
+        hidden, _ = self.hidden(ids, attention_mask, positions=positions, segment_ids=segment_ids)
         return self.logits(hidden)
 
-    def hidden(self, ids, attention_mask=None, *, positions=None, cache: KVCache | None = None):
+    def hidden(
+        self,
+        ids,
+        attention_mask=None,
+        *,
+        positions=None,
+        segment_ids=None,
+        cache: KVCache | None = None,
+    ):
         """Return the normed stream [B, T, hidden] and the cache with these tokens appended.
 
         With a cache, `ids` take the next T slots and also attend to the valid slots before them.
@@ -81,7 +97,9 @@ class CausalLM(Pretrained):
         if positions is None:
             positions = self._positions(ids, attention_mask, cache)
         length = ids.shape[1]
-        contexts, cache = causal_contexts(self.config, length, attention_mask, positions, cache)
+        contexts, cache = causal_contexts(
+            self.config, length, attention_mask, positions, cache, segments=segment_ids
+        )
         x = self._embed(ids, positions)
         x, cache = run_layers(self.layers, self.config, x, contexts, cache)
         if cache is not None:

@@ -35,20 +35,23 @@ class RopeConfig:
             frequencies, with a smooth ramp between the two `*_freq_factor` wavelengths); "yarn"
             (arXiv:2309.00071: a ramp between the frequencies that turn `beta_slow` and `beta_fast`
             times in `original_length`, and cosines and sines scaled by `attention_factor`);
-            "factors" (frequency `i` divided by `factors[i]`, as GGUF files store the llama3 ramp).
-        original_length: context length before stretching, in tokens ("llama3" and "yarn").
-        attention_factor: None is YaRN's own 0.1 ln(factor) + 1.
+            "longrope" (arXiv:2402.13753: frequency `i` divided by `factors[i]`, by
+            `long_factors[i]` in texts longer than `original_length`; scaled likewise).
+        original_length: context length before stretching, in tokens.
+        attention_factor: None is the method's own, by `factor`: 0.1 ln(factor) + 1 for YaRN,
+            sqrt(1 + ln(factor) / ln(original_length)) for LongRoPE.
         truncate: round the ends of YaRN's ramp to whole frequencies.
         partial: the part of each head, from its start, that is rotated.
     """
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn", "factors"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
@@ -62,6 +65,20 @@ class RopeConfig:
                 f"theta={self.theta} and factor={self.factor} must be positive, "
                 f"partial={self.partial} from 0 to 1"
             )
+        for name in ("factors", "long_factors"):
+            for value in getattr(self, name):
+                if not isinstance(value, int | float) or not value > 0:
+                    raise ValueError(f"{name} holds {value!r}, must hold positive numbers")
+
+    def check_factors(self, head_dim: int) -> None:
+        """Raise ValueError unless there is a factor for each frequency of a head."""
+        needed = len(range(0, int(head_dim * self.partial), 2))
+        for name in ("factors", "long_factors"):
+            if self.kind == "longrope" and len(getattr(self, name)) != needed:
+                raise ValueError(
+                    f"rope {name} has {len(getattr(self, name))} entries, "
+                    f"head_dim={head_dim} needs {needed}"
+                )
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,8 @@ class ModelConfig:
             )
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        for rope in filter(None, (self.rope, self.sliding_rope)):
+            rope.check_factors(self.head_dim)
         if len(self.kinds) != self.num_hidden_layers or not set(self.kinds) <= {FULL, SLIDING}:
             raise ValueError(
                 f"layer_types={self.layer_types} must say {FULL!r} or {SLIDING!r} for each of "

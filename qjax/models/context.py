@@ -37,6 +37,7 @@ def causal_contexts(
     positions: jax.Array | None,
     cache: KVCache | None,
     relative: Callable[[jax.Array], jax.Array] | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[Mapping[str, Context], KVCache | None]:
     """Return a `Context` for each kind of layer, and the cache with `valid` moved.
 
@@ -47,6 +48,7 @@ def causal_contexts(
         cache: None, or the cache whose next T slots these tokens take.
         relative: makes the bias of all layers from the distances int32 [B or 1, T, slots] of each
             query behind each key, in real tokens.
+        segments: int32 [B, T], without a cache: tokens see those of their own number alone.
     """
     real, start, cache = _real_slots(length, attention_mask, cache)
     bias, contexts = None, {}
@@ -55,17 +57,30 @@ def causal_contexts(
     if relative is not None:
         bias = relative(_distance(real, length, start))
     plain = cache is None and attention_mask is None and SLIDING not in config.kinds
-    causal = None if plain else _causal(real, length, start)
+    plain = plain and segments is None
+    seen = _causal(real, length, start)
+    if segments is not None:
+        seen &= (segments[:, :, None] == segments[:, None, :])[:, None]
+    causal = None if plain else seen
     for kind in set(config.kinds):
         mask, rope = causal, config.rope
         if kind == SLIDING:
             near = _distance(real, length, start) < (config.sliding_window or 0)
-            mask, rope = _causal(real, length, start) & near[:, None], config.sliding_rope or rope
+            mask, rope = seen & near[:, None], config.sliding_rope or rope
         angles = None
         if config.positions == "rope" and positions is not None:
-            angles = rotation(rope, config.head_dim, positions)
+            # One choice for all tokens of a cache, whose keys are rotated already.
+            longest = None if cache is None else cache.slots
+            angles = rotation(rope, config.head_dim, positions, longest)
         contexts[kind] = Context(mask, bias, angles)
     return contexts, cache
+
+
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """Return the place of each token [B, T] in its own segment, from 0."""
+    column = jnp.arange(segments.shape[1])
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return column - jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
 
 
 def encoder_contexts(

@@ -1,7 +1,9 @@
 """A mixture of experts: a router, and MLPs whose kernels are stacked [experts, in, out].
 
-Every expert is computed for every token and weighed, with zero for those that the router did not
-choose: one batched product per kernel, exact and of static shape.
+For few tokens the kernels of the experts that each was sent to are gathered (the packed bytes, of
+4-bit ones) and they alone are computed. For many every expert is computed for every token and
+weighed, with zero for those that the router did not choose: one batched product per kernel. Both
+are of static shape.
 """
 
 from typing import Any
@@ -34,16 +36,34 @@ class MixtureMLP(nnx.Module):
             self.router(tokens).astype(jnp.float32), self.config.per_token
         )
         share = jax.nn.softmax(logits, axis=-1)  # [tokens, per_token]
-        one_hot = jax.nn.one_hot(chosen, self.config.count, dtype=jnp.float32)
-        weights = jnp.einsum("nk,nke->ne", share, one_hot).astype(x.dtype)
-        out = jnp.einsum(
-            "ne,end->nd", weights, self.experts(tokens), preferred_element_type=jnp.float32
-        )
+        # Gathering is a copy: measured on a CPU, in 4 bits, it pays up to half of the experts.
+        few = 2 * chosen.size <= self.config.count
+        out = (self._chosen if few else self._every)(tokens, chosen, share)
         return out.astype(x.dtype).reshape(x.shape)
+
+    def _chosen(self, tokens: jax.Array, chosen: jax.Array, share: jax.Array) -> jax.Array:
+        """Compute each token by its own experts: float32 [tokens, hidden]."""
+        graphdef, streams, weights = nnx.split(self.experts, nnx.RngState, ...)
+        rows = chosen.reshape(-1)
+        gathered = jax.tree.map(lambda leaf: leaf[rows], weights)
+        experts = nnx.merge(graphdef, streams, gathered)
+        for layer in experts.layers:  # Flax takes the shape of the bias from here
+            layer.kernel_shape = (rows.size, *layer.kernel_shape[1:])
+        out = experts(jnp.repeat(tokens, self.config.per_token, axis=0)[:, None])
+        nnx.update(self.experts, nnx.state(experts, nnx.RngState))
+        out = out.reshape(*chosen.shape, -1).astype(jnp.float32)
+        return jnp.einsum("nk,nkd->nd", share, out, preferred_element_type=jnp.float32)
+
+    def _every(self, tokens: jax.Array, chosen: jax.Array, share: jax.Array) -> jax.Array:
+        """Compute each token by all experts: float32 [tokens, hidden]."""
+        one_hot = jax.nn.one_hot(chosen, self.config.count, dtype=jnp.float32)
+        weights = jnp.einsum("nk,nke->ne", share, one_hot).astype(tokens.dtype)
+        out = self.experts(jnp.broadcast_to(tokens, (self.config.count, *tokens.shape)))
+        return jnp.einsum("ne,end->nd", weights, out, preferred_element_type=jnp.float32)
 
 
 class Experts(nnx.Module):
-    """The MLPs of all experts."""
+    """The MLPs of all experts, or of some: as many as the kernels are stacked."""
 
     def __init__(
         self, config: ModelConfig, experts: ExpertsConfig, *, dtype, param_dtype, rngs: nnx.Rngs
@@ -64,9 +84,13 @@ class Experts(nnx.Module):
             self.up_proj = linear(hidden, inner)
         self.down_proj = linear(inner, hidden)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Map [tokens, hidden] to what each expert makes of them, [experts, tokens, hidden]."""
-        x = jnp.broadcast_to(tokens[None], (self.config.count, *tokens.shape))
+    @property
+    def layers(self) -> list[nnx.Einsum]:
+        """Its linear layers."""
+        return [layer for layer in vars(self).values() if isinstance(layer, nnx.Einsum)]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [experts, tokens, hidden] to the same, each expert its own tokens."""
         if not self.config.clamped:
             return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         gate_up = self.gate_up_proj(x)

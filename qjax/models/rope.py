@@ -4,6 +4,7 @@ Element `i` of a head is paired with element `i + rotary_dim / 2`. (llama.cpp an
 pair neighbours; their loaders permute the query and key weights.)
 """
 
+import dataclasses
 import math
 
 import jax
@@ -24,17 +25,8 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
         return _llama3(freqs, config)
     if config.kind == "yarn":
         return _yarn(freqs, config)
-    if config.kind == "factors":
-        if len(config.factors) != len(freqs):
-            raise ValueError(
-                f"rope factors has {len(config.factors)} entries, "
-                f"head_dim={head_dim} needs {len(freqs)}"
-            )
+    if config.kind == "longrope":
         return freqs / np.asarray(config.factors, np.float32)
-    if config.kind != "default":
-        raise ValueError(
-            f"rope kind={config.kind!r} must be default, linear, llama3, yarn or factors"
-        )
     return freqs
 
 
@@ -65,18 +57,31 @@ def _yarn(freqs: np.ndarray, config: RopeConfig) -> np.ndarray:
 
 
 def _magnitude(config: RopeConfig) -> float:
-    if config.kind != "yarn":
+    if config.kind not in ("yarn", "longrope"):
         return 1.0
     if config.attention_factor is not None:
         return config.attention_factor
-    return 0.1 * math.log(config.factor) + 1 if config.factor > 1 else 1.0
+    if config.factor <= 1:
+        return 1.0
+    if config.kind == "yarn":
+        return 0.1 * math.log(config.factor) + 1
+    return math.sqrt(1 + math.log(config.factor) / math.log(config.original_length))
 
 
 def rotation(
-    config: RopeConfig, head_dim: int, positions: jax.Array
+    config: RopeConfig, head_dim: int, positions: jax.Array, longest: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return float32 cosines and sines [B, T, 1, rotary_dim / 2] of int32 positions [B, T]."""
+    """Return float32 cosines and sines [B, T, 1, rotary_dim / 2] of int32 positions [B, T].
+
+    Args:
+        longest: tokens that the text may come to have, which chooses among the frequencies of
+            "longrope"; None: those up to the last position.
+    """
     freqs = jnp.asarray(frequencies(config, head_dim))
+    if config.kind == "longrope":
+        stretched = dataclasses.replace(config, factors=config.long_factors)
+        is_long = (jnp.max(positions) + 1 if longest is None else longest) > config.original_length
+        freqs = jnp.where(is_long, jnp.asarray(frequencies(stretched, head_dim)), freqs)
     angles = positions.astype(jnp.float32)[:, :, None, None] * freqs[None, None, None, :]
     size = _magnitude(config)
     return jnp.cos(angles) * size, jnp.sin(angles) * size

@@ -18,19 +18,21 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax.core.blockwise import quantize
+from qjax.core.blockwise import quantize, quantize_like
 from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
 from qjax.core.scales import map_scales, scales_class
-from qjax.nn.lora import LoraConfig, init_adapter
+from qjax.nn.lora import ADAPTER_LEAVES, LoraConfig, init_adapter
 from qjax.nn.stack_axes import from_front, items_to_front, to_front
 from qjax.ops import trace
+from qjax.ops.dora import column_norms, dora_weight
 from qjax.ops.lora import lora_weight
+from qjax.ops.lora_init import loftq, pissa
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("q", "lora_a", "lora_b"),
+    data_fields=("q", *ADAPTER_LEAVES),
     meta_fields=(
         "scaling",
         "dropout",
@@ -45,13 +47,15 @@ from qjax.ops.lora import lora_weight
 class QuantBox(meta.AxisMetadata):
     """A 4-bit kernel, where a Linen parameter tree had the float one.
 
-    Its content is `stop_gradient(q.dequantize()) + scaling * A B`. As a pytree it shows the paths
-    `kernel/q/packed`, `kernel/q/scales/...`, `kernel/lora_a` and `kernel/lora_b`.
+    Its content is `stop_gradient(q.dequantize()) + scaling * A B`, with DoRA of other lengths. As a
+    pytree it shows the paths `kernel/q/packed`, `kernel/q/scales/...`, `kernel/lora_a`,
+    `kernel/lora_b` and `kernel/lora_magnitude`.
 
     Attributes:
         q: the weight.
         lora_a: [*batch, *contract, rank] float32, or None.
         lora_b: [*batch, rank, *out] float32, or None.
+        lora_magnitude: [*batch, *out] float32 of DoRA, or None.
         scaling: factor of the adapter.
         dropout: probability of dropping an element of the adapter's input.
         names: of q's axes, as `nn.Partitioned` has those of the kernel, or None.
@@ -65,6 +69,7 @@ class QuantBox(meta.AxisMetadata):
     q: QTensor
     lora_a: jax.Array | None = None
     lora_b: jax.Array | None = None
+    lora_magnitude: jax.Array | None = None
     scaling: float = 1.0
     dropout: float = 0.0
     names: tuple[Any, ...] | None = None
@@ -102,9 +107,11 @@ class QuantBox(meta.AxisMetadata):
     def merged(self, dtype: Any) -> jax.Array:
         """Return the kernel plus its adapter in `dtype`, rounded once; dropout plays no part."""
         w = jax.lax.stop_gradient(self.q.dequantize(jnp.float32))
-        if self.adapter is not None:
-            update = lora_weight(*self.adapter, self.q.contract_axes, len(self.q.batch_shape))
-            w = w + self.scaling * update
+        where = self.q.contract_axes, len(self.q.batch_shape)
+        if self.adapter is not None and self.lora_magnitude is not None:
+            w = dora_weight(w, *self.adapter, self.lora_magnitude, self.scaling, *where)
+        elif self.adapter is not None:
+            w = w + self.scaling * lora_weight(*self.adapter, *where)
         return from_front(w.astype(dtype), self.stack_axes)
 
     def without_lead(self) -> "QuantBox":
@@ -114,16 +121,21 @@ class QuantBox(meta.AxisMetadata):
         bare = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[self.lead :]), self)
         return dataclasses.replace(bare, lead=0)
 
+    def norms(self) -> jax.Array:
+        """Return the norms of the columns, adapter included, that DoRA divides by."""
+        assert self.adapter is not None
+        where = self.q.contract_axes, len(self.q.batch_shape)
+        return column_norms(self.q, *self.adapter, self.scaling, *where)
+
     def replace_boxed(self, val: Any) -> "QuantBox":
-        """Return a box whose content is `val`, quantized as this one; an adapter's B is zeroed."""
+        """Return a box of `val`, quantized as this one, with an adapter that changes nothing."""
         q = self.q
         if isinstance(val, QTensor):
             return dataclasses.replace(self, q=val)
         val = to_front(val, self.stack_axes)
-        batch_ndim = val.ndim - len(q.slice_shape)
         b = None if self.lora_b is None else jnp.zeros_like(self.lora_b)
-        new = quantize(val, q.config, q.contract_axes, batch_ndim=batch_ndim)
-        return dataclasses.replace(self, q=new, lora_b=b)
+        box = dataclasses.replace(self, q=quantize_like(val, q), lora_b=b)
+        return box if self.lora_magnitude is None else _with_magnitude(box)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "QuantBox":
         """Take in the axis that `nn.scan` or `nn.vmap` has put at `index` of every array."""
@@ -182,6 +194,7 @@ class QuantBox(meta.AxisMetadata):
             q=dataclasses.replace(q, packed=codes, scales=scales),
             lora_a=spec(*batch, *contract, None) if adapter else None,
             lora_b=spec(*batch, None, *out) if adapter else None,
+            lora_magnitude=None if self.lora_magnitude is None else spec(*batch, *out),
         )
 
     def get_sharding(self, mesh: jax.sharding.Mesh) -> "QuantBox":
@@ -222,20 +235,43 @@ def box_kernel(
     return QuantBox(q, names=names, compute_dtype=cfg.compute_dtype, stack_axes=stack_axes)
 
 
-def with_adapter(box: QuantBox, cfg: LoraConfig, key: jax.Array, name: str) -> QuantBox:
-    """Return the box with a new adapter, which changes nothing until it is trained.
+def with_adapter(
+    box: QuantBox, cfg: LoraConfig, key: jax.Array, name: str, w: Any = None
+) -> QuantBox:
+    """Return the box with a new adapter.
 
-    The adapter of an embedding has no dropout, as in PEFT: its input is an index.
+    It changes nothing until it is trained, unless `cfg.init` is one that reads the float kernel
+    `w`. The adapter of an embedding has no dropout, as in PEFT: its input is an index.
 
     Raises:
         ValueError: the box has an adapter already.
+        NotImplementedError: DoRA for an embedding.
     """
     if box.lora_a is not None:
         raise ValueError(f"{name} has an adapter already")
+    is_table = name.split("/")[-1] == "embedding"
+    if cfg.dora and is_table:
+        raise NotImplementedError(f"{name}: dora=True for an embedding; leave it out by exclude=")
     q = box.q
-    a, b = init_adapter(key, q.contract_shape, q.out_shape, cfg, q.batch_shape)
-    dropout = 0.0 if name.split("/")[-1] == "embedding" else cfg.dropout
-    return dataclasses.replace(box, lora_a=a, lora_b=b, scaling=cfg.scaling, dropout=dropout)
+    if cfg.reads_weights:
+        w = meta.unbox(w)
+        if jnp.shape(w) != q.shape:
+            raise ValueError(f"source: {name} must be {list(q.shape)}, got {list(jnp.shape(w))}")
+        args = (jnp.asarray(w), q, cfg.rank, cfg.scaling, q.contract_axes, len(q.batch_shape), key)
+        q, a, b = pissa(*args) if cfg.init == "pissa" else loftq(*args, cfg.loftq_iterations)
+        box = dataclasses.replace(box, q=q)
+    else:
+        a, b = init_adapter(key, q.contract_shape, q.out_shape, cfg, q.batch_shape)
+    dropout = 0.0 if is_table else cfg.dropout
+    box = dataclasses.replace(box, lora_a=a, lora_b=b, scaling=cfg.scaling, dropout=dropout)
+    return _with_magnitude(box) if cfg.dora else box
+
+
+def _with_magnitude(box: QuantBox) -> QuantBox:
+    """Return the box with magnitudes that change nothing."""
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(box))
+    norms = jax.eval_shape(QuantBox.norms, box) if abstract else box.norms()
+    return dataclasses.replace(box, lora_magnitude=norms)
 
 
 def is_quant_box(leaf: Any) -> bool:

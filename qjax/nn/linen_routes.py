@@ -23,6 +23,7 @@ from flax.core import meta
 
 from qjax.nn.linen_box import QuantBox
 from qjax.ops import trace
+from qjax.ops.dora import dora_output, spread
 from qjax.ops.lora import lora_einsum, lora_matmul, lora_take
 from qjax.ops.matmul import einsum, matmul, parse
 from qjax.ops.take import take
@@ -263,16 +264,32 @@ def multiply(
     module: nn.Module, box: QuantBox, x: jax.Array, dtype: Any, equation: str = ""
 ) -> jax.Array:
     """Return x, in the dtype to compute in, times the kernel, adapter included, as `dtype`."""
-    y = einsum(equation, x, box.q) if equation else matmul(x, box.q)
-    y = y.astype(dtype)
+    y = _base(x, box, equation).astype(dtype)
     if box.adapter is None:
         return y
-    x, batch_ndim = drop(module, x, box.dropout), len(box.q.batch_shape)
+    dropped, batch_ndim = drop(module, x, box.dropout), len(box.q.batch_shape)
     if equation:
-        update = lora_einsum(equation, x, *box.adapter, box.q.contract_axes, batch_ndim)
+        update = lora_einsum(equation, dropped, *box.adapter, box.q.contract_axes, batch_ndim)
     else:
-        update = lora_matmul(x, *box.adapter, batch_ndim)
-    return y + (box.scaling * update).astype(dtype)
+        update = lora_matmul(dropped, *box.adapter, batch_ndim)
+    update = box.scaling * update
+    if box.lora_magnitude is None:
+        return y + update.astype(dtype)
+    again = None if dropped is x else _base(dropped, box, equation)
+    factor = _spread(box.lora_magnitude / box.norms(), box, equation, x.ndim, y.ndim)
+    return dora_output(y, again, update, factor, None).astype(dtype)
+
+
+def _base(x: jax.Array, box: QuantBox, equation: str) -> jax.Array:
+    return einsum(equation, x, box.q) if equation else matmul(x, box.q)
+
+
+def _spread(v: jax.Array, box: QuantBox, equation: str, x_ndim: int, ndim: int) -> jax.Array:
+    """Reshape a vector [*batch, *out] of the kernel to broadcast against the product."""
+    batch_ndim = len(box.q.batch_shape)
+    if equation:
+        return spread(v, equation, x_ndim, box.q.contract_axes, batch_ndim)
+    return v.reshape(*v.shape[:batch_ndim], *(1,) * (ndim - v.ndim), *v.shape[batch_ndim:])
 
 
 def _bias(module: nn.Module, name: str | None) -> jax.Array | None:

@@ -49,7 +49,11 @@ class LoraConv(LoraLayer, nnx.Conv):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the layer to [*batch, *spatial, in_features]."""
-        return self._adapt(self._base(inputs, out_sharding), self._strided(inputs), lora_matmul)
+        y = self._base(inputs, out_sharding)
+        base = lambda x: self._base(x, out_sharding)  # noqa: E731
+        product = lambda x, a, b: lora_matmul(self._strided(x), a, b)  # noqa: E731
+        spread = lambda v: v.reshape((1,) * (y.ndim - 1) + (-1,))  # noqa: E731
+        return self._adapt(y, inputs, product, spread, base)
 
     def _base(self, inputs, out_sharding):
         return nnx.Conv.__call__(self, inputs, out_sharding=out_sharding)

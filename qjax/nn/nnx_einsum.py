@@ -9,6 +9,7 @@ from qjax.core.config import QuantConfig
 from qjax.nn.equation import WeightAxes, equation_axes
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, finish
+from qjax.ops.dora import spread
 from qjax.ops.lora import lora_einsum
 from qjax.ops.matmul import einsum, parse
 
@@ -31,8 +32,12 @@ class LoraEinsum(LoraLayer, nnx.Einsum):
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None):
         """Apply the equation, the constructor's unless one is given here."""
         y = self._base(inputs, einsum_str, out_sharding)
-        product = functools.partial(self._lora_product, einsum_str or self.einsum_str)
-        return self._adapt(y, inputs, product)
+        base = lambda x: self._base(x, einsum_str, out_sharding)  # noqa: E731
+        equation = (einsum_str or self.einsum_str or "").replace(" ", "")
+        product = functools.partial(self._lora_product, equation)
+        spread_factor = functools.partial(self._spread, equation, inputs.ndim)
+        spread_bias = functools.partial(_spread_bias, equation, inputs.ndim, self.kernel.shape)
+        return self._adapt(y, inputs, product, spread_factor, base, spread_bias)
 
     def _base(self, inputs, einsum_str, out_sharding):
         return nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding=out_sharding)
@@ -40,6 +45,17 @@ class LoraEinsum(LoraLayer, nnx.Einsum):
     def _lora_product(self, equation, x, a, b):
         axes = self.weight_axes()
         return lora_einsum(equation, x, a, b, axes.contract_axes, axes.batch_ndim)
+
+    def _spread(self, equation, x_ndim, v):
+        axes = self.weight_axes()
+        return spread(v, equation, x_ndim, axes.contract_axes, axes.batch_ndim)
+
+
+def _spread_bias(equation: str, x_ndim: int, shape: tuple[int, ...], bias: jax.Array) -> jax.Array:
+    """Reshape the bias as Flax does."""
+    _, kernel, out = parse(equation, x_ndim, len(shape))
+    sizes = dict(zip(kernel, shape, strict=True))
+    return bias.reshape([sizes.get(axis, 1) for axis in out])
 
 
 class QuantEinsum(QuantLayer, LoraEinsum):
@@ -78,10 +94,6 @@ class QuantEinsum(QuantLayer, LoraEinsum):
         equation = (einsum_str or self.einsum_str).replace(" ", "")
         bias = None if self.bias is None else self.bias[...]
         x, bias, dtype = self._promote(inputs, bias)
-        weight = self._weight
-        y = self._multiply(einsum, equation, x.astype(self.product_dtype), weight)
-        if bias is not None:
-            _, kernel, out = parse(equation, x.ndim, weight.ndim)
-            sizes = dict(zip(kernel, weight.shape, strict=True))
-            bias = bias.reshape([sizes.get(axis, 1) for axis in out])
+        y = self._multiply(einsum, equation, x.astype(self.product_dtype), self._weight)
+        bias = None if bias is None else _spread_bias(equation, x.ndim, self._weight.shape, bias)
         return finish(y, bias, dtype, out_sharding)

@@ -1,5 +1,7 @@
 """nnx.Embed with an adapter, and in 4 bits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,9 +39,19 @@ class LoraEmbed(LoraLayer, nnx.Embed):
         delta = lora_take(inputs, self.lora_a[...], self.lora_b[...], dtype)
         return y + (delta * self.lora_config.scaling).astype(y.dtype)
 
+    def put_adapter(self, config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+        """See `LoraLayer`.
+
+        Raises:
+            NotImplementedError: DoRA, whose norms a look-up would need of all rows.
+        """
+        if config.dora:
+            raise NotImplementedError("dora=True for an embedding: leave it out by exclude=")
+        super().put_adapter(config, *args, **kwargs)
+
     def attend(self, query: jax.Array, out_sharding=None) -> jax.Array:
         """Multiply [..., features] by the table's rows: [..., num_embeddings]."""
-        return self._adapt(self._attend_base(query, out_sharding), query, lora_matmul)
+        return self._adapt(self._attend_base(query, out_sharding), query, lora_matmul, None, None)
 
     def _base(self, inputs, out_sharding):
         return nnx.Embed.__call__(self, inputs, out_sharding=out_sharding)

@@ -18,8 +18,10 @@ from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
 from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig, init_adapter
+from qjax.nn.nnx_adapter import ADAPTER_ATTRIBUTES
 from qjax.nn.nnx_param import QuantParam, quant_metadata
 from qjax.ops import trace
+from qjax.ops.dora import column_norms, dora_output, dora_weight
 from qjax.ops.lora import lora_weight
 
 DEFAULT = QuantConfig()
@@ -31,6 +33,8 @@ class LoraLayer(nnx.Module):
     Attributes:
         lora_config: the adapter's `LoraConfig`, None without an adapter.
         lora_a, lora_b: `nnx.LoRAParam`; A is [*batch, *contract, rank], B is [*batch, rank, *out].
+        lora_magnitude: `nnx.LoRAParam` [*batch, *out] of DoRA, None for plain LoRA.
+        lora_name: of the adapter; `qjax.set_adapter` puts others in its place.
         lora_dropout: `nnx.Dropout` on the adapter's input, None for no dropout.
     """
 
@@ -40,7 +44,10 @@ class LoraLayer(nnx.Module):
     lora_config: Any = None
     lora_a: Any = None
     lora_b: Any = None
+    lora_magnitude: Any = None
     lora_dropout: Any = None
+    lora_name: str = "default"
+    bias: Any = None
 
     def weight_axes(self) -> WeightAxes:
         """How this layer uses its weight, from its own arguments."""
@@ -53,25 +60,42 @@ class LoraLayer(nnx.Module):
             config: rank, scaling, dropout and init.
             rngs: its "params" stream gives A, its "dropout" stream the masks.
             dtype: of A and B.
+
+        Raises:
+            NotImplementedError: DoRA for an embedding.
         """
-        axes, weight = self.weight_axes(), getattr(self, self.weight_name)
-        stack = tuple(weight.shape[: len(weight.shape) - len(axes.shape)])
-        batch = stack + axes.shape[: axes.batch_ndim]
+        axes = self.weight_axes()
+        batch = self._stack() + axes.shape[: axes.batch_ndim]
         a, b = init_adapter(
             rngs.params(), axes.contract_shape, axes.out_shape, config, batch, dtype
         )
+        self.put_adapter(config, a, b, rngs=rngs)
+
+    def put_adapter(
+        self, config: LoraConfig, a: Any, b: Any, magnitude: Any = None, *, rngs: nnx.Rngs
+    ) -> None:
+        """Give the layer the adapter of these arrays, in place of any it has.
+
+        Args:
+            config: scaling and dropout.
+            a, b: of the shapes that the class describes.
+            magnitude: of DoRA; None for one that changes nothing while A B is zero.
+            rngs: its "dropout" stream gives the masks.
+        """
+        self.drop_adapter()
         self.lora_config = config
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        if config.dora:
+            magnitude = self._norms() if magnitude is None else magnitude
+            self.lora_magnitude = nnx.LoRAParam(magnitude)
         if config.dropout:
             self.lora_dropout = nnx.Dropout(config.dropout)
-            stream = rngs["dropout"]
+            stream, stack = rngs["dropout"], self._stack()
             self.lora_dropout.rngs = stream.split(stack) if stack else stream.fork()
-        elif self.lora_dropout is not None:
-            del self.lora_dropout
 
     def drop_adapter(self) -> None:
         """Remove the adapter."""
-        for name in ("lora_config", "lora_a", "lora_b", "lora_dropout"):
+        for name in (*ADAPTER_ATTRIBUTES, "lora_name"):
             if name in vars(self):
                 delattr(self, name)
 
@@ -86,23 +110,57 @@ class LoraLayer(nnx.Module):
         if self.lora_a is None:
             return q.dequantize(dtype) if isinstance(q, QTensor) else q.astype(dtype)
         w = q.dequantize(jnp.float32) if isinstance(q, QTensor) else q.astype(jnp.float32)
-        axes = self.weight_axes()
-        batch_ndim = w.ndim - len(axes.shape) + axes.batch_ndim
-        delta = lora_weight(self.lora_a[...], self.lora_b[...], axes.contract_axes, batch_ndim)
-        return (w + self.lora_config.scaling * delta).astype(dtype)
+        axes, scaling = self.weight_axes(), self.lora_config.scaling
+        where = axes.contract_axes, w.ndim - len(axes.shape) + axes.batch_ndim
+        a, b = self.lora_a[...], self.lora_b[...]
+        if self.lora_magnitude is not None:
+            return dora_weight(w, a, b, self.lora_magnitude[...], scaling, *where).astype(dtype)
+        return (w + scaling * lora_weight(a, b, *where)).astype(dtype)
+
+    def _stack(self) -> tuple[int, ...]:
+        shape = getattr(self, self.weight_name).shape
+        return tuple(shape[: len(shape) - len(self.weight_axes().shape)])
+
+    def _norms(self) -> jax.Array:
+        """Return the norms of DoRA; the shape alone for an abstract weight."""
+        axes, w = self.weight_axes(), getattr(self, self.weight_name).get_raw_value()
+        norms = functools.partial(
+            column_norms,
+            scaling=self.lora_config.scaling,
+            contract_axes=axes.contract_axes,
+            batch_ndim=len(w.shape) - len(axes.shape) + axes.batch_ndim,
+        )
+        args = w, self.lora_a[...], self.lora_b[...]
+        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
+        return jax.eval_shape(norms, *args) if abstract else norms(*args)
 
     def _adapter_dtype(self, y: jax.Array) -> Any:
         return y.dtype
 
-    def _adapt(self, y: jax.Array, x: jax.Array, product) -> jax.Array:
-        """Add scaling * product(x, A, B) to the layer's result y."""
+    def _adapt(
+        self, y: jax.Array, x: jax.Array, product, spread, base, spread_bias=None
+    ) -> jax.Array:
+        """Add scaling * product(x, A, B) to the layer's result y.
+
+        Args:
+            y: of the layer without its adapter.
+            x: its inputs.
+            product: of x and the adapter.
+            spread: reshapes a vector [*batch, *out] to broadcast against y.
+            base: the layer without its adapter, as a function of x.
+            spread_bias: `spread` of the bias, where it is another.
+        """
         if self.lora_a is None:
             return y
-        x = x.astype(self._adapter_dtype(y))
-        if self.lora_dropout is not None:
-            x = self.lora_dropout(x)
-        delta = product(x, self.lora_a[...], self.lora_b[...])
-        return y + (delta * self.lora_config.scaling).astype(y.dtype)
+        dropped = x if self.lora_dropout is None else self.lora_dropout(x)
+        delta = product(dropped.astype(self._adapter_dtype(y)), self.lora_a[...], self.lora_b[...])
+        delta = delta * self.lora_config.scaling
+        if self.lora_magnitude is None:
+            return y + delta.astype(y.dtype)
+        again = None if dropped is x else base(dropped)
+        factor = spread(self.lora_magnitude[...] / self._norms())
+        bias = None if self.bias is None else (spread_bias or spread)(self.bias[...])
+        return dora_output(y, again, delta, factor, bias).astype(y.dtype)
 
 
 class QuantLayer(LoraLayer):

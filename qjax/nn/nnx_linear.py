@@ -25,7 +25,9 @@ class LoraLinear(LoraLayer, nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the layer to [..., in_features]."""
-        return self._adapt(self._base(inputs, out_sharding), inputs, lora_matmul)
+        y = self._base(inputs, out_sharding)
+        base = lambda x: self._base(x, out_sharding)  # noqa: E731
+        return self._adapt(y, inputs, lora_matmul, lambda v: _spread(v, y.ndim), base)
 
     def _base(self, inputs, out_sharding):
         return nnx.Linear.__call__(self, inputs, out_sharding=out_sharding)
@@ -70,8 +72,7 @@ class QuantLinear(QuantLayer, LoraLinear):
         bias = None if self.bias is None else self.bias[...]
         x, bias, dtype = self._promote(inputs, bias)
         y = self._multiply(matmul, x.astype(self.product_dtype), self._weight)
-        if bias is not None:
-            bias = bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        bias = None if bias is None else _spread(bias, y.ndim)
         return finish(y, bias, dtype, out_sharding)
 
 
@@ -88,14 +89,17 @@ class LoraLinearGeneral(LoraLayer, nnx.LinearGeneral):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the layer to the axes `axis` of the inputs; the new axes come last."""
-        y = self._base(inputs, out_sharding)
-        return self._adapt(y, self._rows(inputs), self._lora_product)
+        y, batch_ndim = self._base(inputs, out_sharding), len(self.batch_axis)
+        base = lambda x: self._base(x, out_sharding)  # noqa: E731
+        return self._adapt(
+            y, inputs, self._lora_product, lambda v: _spread(v, y.ndim, batch_ndim), base
+        )
 
     def _base(self, inputs, out_sharding):
         return nnx.LinearGeneral.__call__(self, inputs, out_sharding=out_sharding)
 
     def _lora_product(self, x, a, b):
-        return lora_matmul(x, a, b, len(self.batch_axis))
+        return lora_matmul(self._rows(x), a, b, len(self.batch_axis))
 
     def _rows(self, x: jax.Array) -> jax.Array:
         """Bring the inputs to [*batch, *rest, K].
@@ -150,8 +154,11 @@ class QuantLinearGeneral(QuantLayer, LoraLinearGeneral):
         x, bias, dtype = self._promote(inputs, bias)
         rows = self._rows(x)
         y = self._multiply(matmul, rows.astype(self.product_dtype), self._weight)
-        if bias is not None:
-            batch = rows.shape[: len(self.batch_axis)]
-            rest = (1,) * (rows.ndim - 1 - len(batch))
-            bias = bias.reshape(*batch, *rest, *self.out_features)
+        bias = None if bias is None else _spread(bias, y.ndim, len(self.batch_axis))
         return finish(y, bias, dtype, out_sharding)
+
+
+def _spread(v: jax.Array, ndim: int, batch_ndim: int = 0) -> jax.Array:
+    """Reshape [*batch, *out] to broadcast against [*batch, ..., *out] of rank `ndim`."""
+    batch, out = v.shape[:batch_ndim], v.shape[batch_ndim:]
+    return v.reshape(*batch, *(1,) * (ndim - v.ndim), *out)

@@ -13,6 +13,7 @@ the kernel at which scale of the whole weight it starts.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,8 @@ def product(block_size: int, transpose: bool, implementation: str | None):
         # One device needs no rule. (The count of devices is fixed once JAX runs.)
         if jax.device_count() == 1:
             return local(*operands)
-        return _partitioned(local, block_size, transpose, len(operands) - 4)(*operands)
+        one_block = operands[2].shape[1] == 1
+        return _partitioned(local, block_size, transpose, len(operands) - 4, one_block)(*operands)
 
     @call.def_vmap
     def batched(axis_size, is_batched, x, *weight):
@@ -61,7 +63,7 @@ def _local(x, packed, scales, codebook, *second, origin=None, pitch=None, **how)
 
 
 @functools.cache
-def _partitioned(local, block_size: int, transpose: bool, second_count: int):
+def _partitioned(local, block_size: int, transpose: bool, second_count: int, one_block: bool):
     def partition(mesh, arg_shapes, result_shape):
         batch = _spec(arg_shapes[0])[0]
         rows, blocks = _spec(arg_shapes[2])
@@ -87,16 +89,19 @@ def _partitioned(local, block_size: int, transpose: bool, second_count: int):
         shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
         return mesh, run, NamedSharding(mesh, PartitionSpec(batch, kept)), shardings
 
-    wide: tuple = ("m", ("b", "i"))
+    # Rows of one block have no axis of blocks: a rule may not have a factor of 1.
+    of_blocks: dict[str, Any] = {} if one_block else {"i": block_size, "j": block_size // 2}
+    wide: tuple = ("m", "i" if one_block else ("b", "i"))
     narrow: tuple = ("m", "n")
     x, y = (narrow, wide) if transpose else (wide, narrow)
     second = [("groups",), (), ("entries",)][:second_count]
-    operands: tuple = (x, ("n", ("b", "j")), ("n", "b"), ("codes",), *second)
+    packed = ("n", "j" if one_block else ("b", "j"))
+    operands: tuple = (x, packed, ("n", "b"), ("codes",), *second)
     results: tuple = (y,)
     wrapped = custom_partitioning(lambda *operands: local(*operands))
     wrapped.def_partition(
         partition=partition,
-        sharding_rule=SdyShardingRule(operands, results, i=block_size, j=block_size // 2),
+        sharding_rule=SdyShardingRule(operands, results, **of_blocks),
     )
     return wrapped
 

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from qjax.core.qtensor import QTensor
+from qjax.nn.lora import ADAPTER_LEAVES
 from qjax.nn.nnx_param import NOTE
 
 
@@ -14,8 +15,8 @@ def iter_leaves(x: Any) -> Iterator[tuple[str, Any, str | None]]:
     """Yield each leaf's path, its value (a QTensor or an array) and what there is to say of it.
 
     Args:
-        x: an NNX module or state, or a pytree; boxes with a QTensor at `.q` yield that, and their
-            `lora_a` and `lora_b` behind it.
+        x: an NNX module or state, or a pytree; boxes with a QTensor at `.q` yield that, and the
+            arrays of their adapter behind it.
     """
     x = nnx.state(x) if isinstance(x, nnx.Module) else x
     if not isinstance(x, nnx.State):
@@ -38,7 +39,7 @@ def flatten_weights(tree: Any) -> Iterator[tuple[str, Any]]:
             yield name, leaf
             continue
         yield name, leaf.q
-        for part in ("lora_a", "lora_b"):
+        for part in ADAPTER_LEAVES:
             if getattr(leaf, part, None) is not None:
                 yield f"{name}/{part}", getattr(leaf, part)
 

@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from qjax.core.blockwise import quantize_like
 from qjax.core.config import QuantConfig, patterns
-from qjax.nn.linen_box import box_kernel, is_quant_box, with_adapter
+from qjax.nn.linen_box import QuantBox, box_kernel, is_quant_box, with_adapter
 from qjax.nn.lora import LoraConfig
 from qjax.nn.stack_axes import items_from_front
 from qjax.swap.linen_plan import leaves_by_path, path_string, plan_params
+from qjax.swap.merge_error import MergeError, merge_error
 from qjax.swap.policy import check_patterns, matches
 
 DEFAULT = QuantConfig()
+# Float parameters, or what gives the array of a kernel's path.
+Source = Mapping[str, Any] | Callable[[str], Any]
 
 
 def quantize_params(
@@ -108,20 +112,26 @@ def quantize_params(
     return _map_params(quantize_leaf, params)
 
 
-def add_lora_params(qparams: Any, cfg: LoraConfig, key: jax.Array) -> Any:
+def add_lora_params(
+    qparams: Any, cfg: LoraConfig, key: jax.Array, *, source: Source | None = None
+) -> Any:
     """Give 4-bit kernels adapters, inside the same leaves; stacked kernels get stacked adapters.
 
     Args:
         qparams: from `quantize_params`: "params" or all variables.
         cfg: its patterns are searched in the paths of layers, such as "layers/attn/query".
         key: for the initial values; each layer folds in its path.
+        source: for `init="pissa"` and `init="loftq"`, which make up for what quantization lost:
+            the float parameters, or a function from the path of a kernel to its array.
 
     Returns:
         The tree with `.../kernel/lora_a` and `.../kernel/lora_b` in it.
 
     Raises:
         ValueError: no kernel is in 4 bits, an include pattern matches none of them, or one has an
-            adapter already.
+            adapter already; a source where none is needed, none where one is, or one that does not
+            fit.
+        NotImplementedError: DoRA for an embedding; `modules_to_save`.
 
     Example:
         >>> params = nn.Dense(8).init(jax.random.key(0), jnp.ones((1, 64)))["params"]
@@ -129,6 +139,12 @@ def add_lora_params(qparams: Any, cfg: LoraConfig, key: jax.Array) -> Any:
         >>> params["kernel"].lora_a.shape, params["kernel"].lora_b.shape
         ((64, 4), (4, 8))
     """
+    if cfg.modules_to_save:
+        raise NotImplementedError(
+            "modules_to_save for a Linen tree, where names alone tell what is trained: partition "
+            "leaves float arrays frozen; train those by an optax mask of your own"
+        )
+    read = _reader(cfg, source)
     tree = qparams["params"] if _is_variables(qparams) else qparams
     layers = [_layer(path) for path, leaf in leaves_by_path(tree).items() if is_quant_box(leaf)]
     if not layers:
@@ -143,14 +159,52 @@ def add_lora_params(qparams: Any, cfg: LoraConfig, key: jax.Array) -> Any:
         wanted = include is None or matches(layer, include)
         if not is_quant_box(leaf) or not wanted or matches(layer, exclude):
             return leaf
-        return with_adapter(leaf, cfg, jax.random.fold_in(key, zlib.crc32(path.encode())), path)
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return with_adapter(leaf, cfg.at(layer), own, path, read and read(path))
 
     return _map_params(add, qparams)
+
+
+def _reader(cfg: LoraConfig, source: Source | None) -> Callable[[str], Any] | None:
+    """Return what gives the float kernel at a path, None where none is needed."""
+    cfg.check_source(source)
+    if source is None or not isinstance(source, Mapping):
+        return source
+    held = leaves_by_path(source["params"] if _is_variables(source) else source)
+
+    def read(path: str) -> Any:
+        if path not in held or is_quant_box(held[path]):
+            raise ValueError(f"source has no float kernel {path}")
+        return held[path]
+
+    return read
 
 
 def merge_lora_params(params: Any, dtype: Any = jnp.bfloat16) -> Any:
     """Return the tree with float kernels in `dtype`: decoded weight plus adapter, rounded once."""
     return _map_params(lambda _, leaf: _float_leaf(leaf, dtype), params)
+
+
+def requantize_params(params: Any) -> tuple[Any, dict[str, MergeError]]:
+    """Return the tree with adapters merged into 4-bit kernels, and what that cost by path.
+
+    Raises:
+        ValueError: no kernel has an adapter.
+    """
+    errors = {}
+
+    def merge(path: str, leaf: Any) -> Any:
+        if not is_quant_box(leaf) or leaf.adapter is None:
+            return leaf
+        merged = leaf.merged(jnp.float32)
+        q = quantize_like(merged, leaf.q, path)
+        errors[path] = merge_error(leaf.q, merged, q)
+        return QuantBox(q, names=leaf.names, compute_dtype=leaf.compute_dtype)
+
+    params = _map_params(merge, params)
+    if not errors:
+        raise ValueError("no kernel has an adapter to merge")
+    return params, errors
 
 
 def dequantize_params(params: Any) -> Any:

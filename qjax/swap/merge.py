@@ -1,29 +1,39 @@
 """merge_lora and dequantize_model, for NNX models and for Linen parameter trees."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 from flax import nnx
 
 from qjax.swap import nnx_merge
-from qjax.swap.linen import dequantize_params, merge_lora_params
+from qjax.swap.linen import dequantize_params, merge_lora_params, requantize_params
+from qjax.swap.merge_error import MergeError
 
 
-def merge_lora(x: Any, dtype: Any = jnp.bfloat16) -> Any:
+@overload
+def merge_lora(x: Any, dtype: Any = ..., *, requantize: Literal[False] = ...) -> Any: ...
+@overload
+def merge_lora(
+    x: Any, dtype: Any = ..., *, requantize: Literal[True]
+) -> tuple[Any, dict[str, MergeError]]: ...
+def merge_lora(x: Any, dtype: Any = jnp.bfloat16, *, requantize: bool = False) -> Any:
     """Return x in floating point with its adapters merged: dequantize(W) + scaling * A B.
 
-    The sum is taken in float32 and rounded once to `dtype`. x itself stays as it is. Layers that
-    were never quantized and have no adapter are not touched. To go back to 4 bits, which rounds
-    again, quantize the result.
+    The sum is taken in float32 and rounded once to `dtype`; with DoRA each column then takes its
+    learned length. x itself stays as it is. Layers that were never quantized and have no adapter
+    are not touched.
 
     Args:
         x: an NNX model, whose layers become Flax's own again, biases cast too; or the parameters
             of a Linen model.
         dtype: of the merged weights.
+        requantize: merge into 4-bit weights instead, in each one's own format. That rounds again:
+            the result is a pair, x and the `MergeError` of each weight with an adapter by path.
 
     Raises:
-        ValueError: in an NNX model nothing is quantized and nothing has an adapter.
+        ValueError: in an NNX model nothing is quantized and nothing has an adapter; nothing has an
+            adapter to requantize.
         TypeError: neither.
 
     Example:
@@ -32,10 +42,13 @@ def merge_lora(x: Any, dtype: Any = jnp.bfloat16) -> Any:
         >>> merged = merge_lora(model)
         >>> type(merged).__name__, merged.kernel.dtype.name
         ('Linear', 'bfloat16')
+        >>> merged, errors = merge_lora(model, requantize=True)
+        >>> merged.kernel.q.format, list(errors)
+        ('nf4', ['kernel'])
     """
     if isinstance(x, nnx.Module):
-        return nnx_merge.merge_lora(x, dtype)
-    return merge_lora_params(_tree(x), dtype)
+        return nnx_merge.requantize_lora(x) if requantize else nnx_merge.merge_lora(x, dtype)
+    return requantize_params(_tree(x)) if requantize else merge_lora_params(_tree(x), dtype)
 
 
 def dequantize_model(x: Any) -> Any:

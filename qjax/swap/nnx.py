@@ -1,4 +1,4 @@
-"""NNX surgery: the layers of a model to 4 bits, and adapters for them.
+"""NNX surgery: the layers of a model to 4 bits.
 
 A layer changes its class in place (see `qjax.nn.nnx_layer`), so every reference to it, shared ones
 too, stays good, and its float weight is freed before the next layer is touched.
@@ -7,18 +7,15 @@ too, stays good, and its float weight is freed before the next layer is touched.
 import math
 import warnings
 from collections import defaultdict
-from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from qjax.core.config import QuantConfig
-from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_layer import quantize_weight, stacked_ndim
 from qjax.nn.nnx_param import NOTE, QuantParam
 from qjax.swap.nnx_find import Found, layer_class
 from qjax.swap.nnx_raw import Raw, find_weights
-from qjax.swap.policy import check_patterns, glu_gates, listed, matches, skip_reason
+from qjax.swap.policy import check_patterns, glu_gates, listed, skip_reason
 
 DEFAULT = QuantConfig()
 _DECODED = "decoded at each use: its layer has code or a product of its own"
@@ -136,55 +133,3 @@ def _quantize(f: Found | Raw, cfg: QuantConfig, shared: dict[int, QuantParam]) -
     if key not in shared:
         shared[key] = quantize_weight(f.weight, f.axes(), cfg, name=f.weight_path)
     f.put(shared[key], cfg)
-
-
-def add_lora(
-    model: nnx.Module, cfg: LoraConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
-) -> nnx.Module:
-    """Give layers adapters, in place: `nnx.LoRAParam`s `lora_a` and `lora_b` beside the weight.
-
-    Args:
-        model: any module.
-        cfg: size, and which layers: without an include pattern every quantized one. A pattern may
-            also name dense layers that were left in floating point, such as the output head.
-        rngs: its "params" stream gives A, its "dropout" stream the masks.
-        dtype: of A and B.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        TypeError: not an NNX module.
-        ValueError: no quantized layer, an include pattern that matches no dense layer, a layer that
-            has an adapter already, or one whose own code would not use it.
-
-    Example:
-        >>> model = quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
-        >>> model = add_lora(model, qjax.LoraConfig(rank=4), rngs=nnx.Rngs(1))
-        >>> model.lora_a.shape, model.lora_b.shape
-        ((64, 4), (4, 8))
-    """
-    if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}")
-    found = find_weights(model)
-    check_patterns(cfg, [name for f in found for name in _names(f)], "dense layer")
-    if cfg.include is None:
-        found = [f for f in found if f.is_quantized]
-        if not found:
-            raise ValueError(
-                "no layer is in 4 bits, so none takes an adapter by default: call quantize_model, "
-                "or name float layers by include="
-            )
-    else:
-        found = [f for f in found if any(matches(name, cfg.include) for name in _names(f))]
-    found = [f for f in found if not any(matches(name, cfg.exclude) for name in _names(f))]
-    for f in found:
-        f.check_adapter(cfg)
-    for f in found:
-        f.add_adapter(cfg, rngs, dtype)
-    return model
-
-
-def _names(f: Found | Raw) -> tuple[str, ...]:
-    """Return what the patterns of a LoraConfig are searched in; a module may have many weights."""
-    return (f.path, f.weight_path) if isinstance(f, Raw) else (f.path,)

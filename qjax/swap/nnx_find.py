@@ -85,15 +85,26 @@ class Found(NamedTuple):
             setattr(self.layer, self.cls.weight_name, weight)
 
     def check_adapter(self, cfg: LoraConfig) -> None:
-        """Raise ValueError if the weight cannot have a new adapter."""
-        if self.is_adapted:
-            raise ValueError(f"{self.path} has an adapter already; merge_lora ends it")
+        """Raise NotImplementedError if the weight cannot have such an adapter."""
+        if cfg.dora and self.cls is QuantEmbed:
+            raise NotImplementedError(
+                f"{self.path}: dora=True for an embedding; leave it out by exclude="
+            )
 
-    def add_adapter(self, cfg: LoraConfig, rngs: nnx.Rngs, dtype: Any) -> None:
-        """Give the weight an adapter."""
+    def add_adapter(
+        self, cfg: LoraConfig, rngs: nnx.Rngs, dtype: Any, arrays: tuple[Any, Any] | None = None
+    ) -> None:
+        """Give the weight an adapter, of A and B in `arrays` or new ones."""
         if not isinstance(self.layer, LoraLayer):
             self.layer.__class__ = self.cls.lora_class
-        self.layer.init_adapter(cfg, rngs, dtype)
+        if arrays is None:
+            self.layer.init_adapter(cfg, rngs, dtype)
+        else:
+            self.layer.put_adapter(cfg, *(a.astype(dtype) for a in arrays), rngs=rngs)
+
+    def drop_adapter(self) -> None:
+        """Remove its adapter."""
+        self.layer.drop_adapter()
 
     def merged(self, dtype: Any) -> jax.Array:
         """Return the float weight with its adapter merged in."""

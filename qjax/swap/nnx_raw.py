@@ -105,19 +105,30 @@ class Raw:
             become_foreign(self.layer, self.name, self.calls)
 
     def check_adapter(self, cfg: LoraConfig) -> None:
-        """Raise ValueError if the weight cannot have a new adapter."""
-        if self.is_adapted:
-            raise ValueError(f"{self.weight_path} has an adapter already; merge_lora ends it")
+        """Raise an error if the weight cannot have such an adapter."""
+        if cfg.dora:
+            raise NotImplementedError(
+                f"{self.weight_path}: dora=True for a parameter of {type(self.layer).__name__}, "
+                "which is no layer of Flax's; leave it out by exclude="
+            )
         if cfg.dropout and not self.is_called:
             raise ValueError(
                 f"{self.weight_path} is decoded at each use, where its adapter can have no "
                 f"dropout={cfg.dropout}: qjax.register its class with calls=, or exclude it"
             )
 
-    def add_adapter(self, cfg: LoraConfig, rngs: nnx.Rngs, dtype: Any) -> None:
-        """Give the weight an adapter."""
+    def add_adapter(
+        self, cfg: LoraConfig, rngs: nnx.Rngs, dtype: Any, arrays: tuple[Any, Any] | None = None
+    ) -> None:
+        """Give the weight an adapter, of A and B in `arrays` or new ones."""
         become_foreign(self.layer, self.name, self.calls)
         init_foreign_adapter(self.layer, self.name, self.axes(), cfg, rngs, dtype)
+        for part, array in zip("ab", arrays or (), strict=False):
+            vars(self.layer)[f"{self.name}_lora_{part}"].set_value(array.astype(dtype))
+
+    def drop_adapter(self) -> None:
+        """Remove its adapter."""
+        drop_foreign_adapter(self.layer, self.name)
 
     def merged(self, dtype: Any) -> jax.Array:
         """Return the float weight with its adapter merged in."""

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
+from qjax.nn.lora import ADAPTER_LEAVES
 from qjax.swap.guess import role_of
 from qjax.swap.leaves import iter_leaves
 from qjax.swap.policy import skip_reason
@@ -209,7 +210,7 @@ def _row(path: str, leaf: Any, reason: str | None) -> Row:
 
 
 def _is_adapter(path: str) -> bool:
-    return path.rpartition("/")[2].endswith(("lora_a", "lora_b"))
+    return path.rpartition("/")[2].endswith(ADAPTER_LEAVES)
 
 
 def _is_param(row: Row) -> bool:

@@ -12,7 +12,7 @@ import qjax.hf
 from qjax.core.config import QuantConfig
 from qjax.models import CausalLM
 from qjax.nn.lora import LoraConfig
-from qjax.swap.nnx import add_lora
+from qjax.swap.nnx_lora import add_lora
 from tests.models.golden import FAMILIES, FOLDER, golden_model, write_bnb
 
 

@@ -2,10 +2,12 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 
 import qjax.hf
+from tests.hf.gguf_files import write_model
 from tests.models.golden import write_bnb
 
 VALUES = (None, -1, 0, 1, 7, 10**12, 0.5, float("inf"), True, "", "x", "64", [], [1], {}, {"a": 1})
@@ -51,6 +53,27 @@ def test_100_broken_checkpoints(family, tmp_path):
         config.write_text(json.dumps(data))
         try:
             qjax.hf.from_pretrained(folder)
+        except (ValueError, NotImplementedError):
+            refused += 1
+    assert refused > 40
+
+
+@pytest.mark.property
+@pytest.mark.parametrize("family, kind, seed", [("gemma2", "Q8_0", 6), ("mixtral", "F16", 7)])
+def test_100_broken_gguf_files(family, kind, seed, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_model(path, family, gguf.GGMLQuantizationType[kind])
+    whole = path.read_bytes()
+    head = whole.rindex(b"blk.1.") + 64
+    rng = np.random.default_rng(seed)
+    refused = 0
+    for _ in range(100):
+        changed = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            changed[rng.integers(head)] = rng.integers(256)
+        path.write_bytes(changed[: rng.integers(len(changed))] if rng.random() < 0.1 else changed)
+        try:
+            qjax.hf.from_pretrained(path)
         except (ValueError, NotImplementedError):
             refused += 1
     assert refused > 40

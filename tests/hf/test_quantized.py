@@ -101,7 +101,8 @@ def test_a_bfloat16_checkpoint_decodes_to_bfloat16():
     # The golden model had been cast to bfloat16 as a whole, its RoPE frequencies too.
     freqs = frequencies(model.config.rope, model.config.head_dim)
     factors = tuple(freqs / np.asarray(jnp.asarray(freqs, jnp.bfloat16), np.float32))
-    rope = dataclasses.replace(model.config.rope, kind="factors", factors=factors)
+    plain = {"kind": "longrope", "attention_factor": 1.0}
+    rope = dataclasses.replace(model.config.rope, factors=factors, long_factors=factors, **plain)
     model.config = dataclasses.replace(model.config, rope=rope)
     check(model, "llama", reference("llama")["logits_nf4_bf16ckpt"])
 
@@ -162,24 +163,57 @@ def test_a_config_that_cannot_be_is_refused(data, kind, message):
         read_bnb_config(data)
 
 
-def test_eight_bits_are_decoded_when_stored_and_never_made(tmp_path):
-    folder = FOLDER / "llama" / "hf"
-    with pytest.raises(NotImplementedError, match="load_in_8bit"):
-        qjax.hf.from_pretrained(folder, config={"load_in_8bit": True})
+def test_eight_bits_are_taken_as_they_are_and_written_so(tmp_path):
+    folder, name = FOLDER / "llama" / "hf", "model.layers.0.mlp.up_proj"
     tensors = load_file(folder / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj"
-    w = tensors[f"{name}.weight"]
-    scale = np.abs(w).max(axis=1)
-    codes = np.round(w / scale[:, None] * 127).astype(np.int8)
-    tensors |= {f"{name}.weight": codes, f"{name}.SCB": scale}
-    tensors[f"{name}.weight_format"] = np.asarray(0, np.uint8)
-    save_file(tensors, tmp_path / "model.safetensors")
+    for module in [n.removesuffix(".weight") for n in tensors if "_proj" in n]:
+        w = tensors[f"{module}.weight"]
+        scale = np.abs(w).max(axis=1)
+        tensors[f"{module}.weight"] = np.round(w / scale[:, None] * 127).astype(np.int8)
+        tensors |= {f"{module}.SCB": scale, f"{module}.weight_format": np.asarray(0, np.uint8)}
+    codes, scale = tensors[f"{name}.weight"], tensors[f"{name}.SCB"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     data = json.loads((folder / "config.json").read_text())
-    data["quantization_config"] = {"load_in_8bit": True, "quant_method": "bitsandbytes"}
+    asked = {"load_in_8bit": True, "quant_method": "bitsandbytes", "llm_int8_threshold": 5.0}
+    data["quantization_config"] = asked
     (tmp_path / "config.json").write_text(json.dumps(data))
-    kernel = qjax.hf.from_pretrained(tmp_path).layers[0].mlp.up_proj.kernel[...]
+    model = qjax.hf.from_pretrained(tmp_path)
+    layer = model.layers[0].mlp.up_proj
+    np.testing.assert_array_equal(layer.kernel.q.packed, codes)
+    assert layer.kernel.q.int8_threshold == 5.0 and layer.compute_dtype == jnp.float16
     # One product, and one division, each rounded to float32.
-    np.testing.assert_allclose(kernel.T, codes * (scale[:, None] / 127.0), rtol=3e-7)
+    np.testing.assert_allclose(layer.kernel[...].T, codes * (scale[:, None] / 127.0), rtol=3e-7)
+    model.save_pretrained(tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == tensors.keys()
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(ours[key], value)
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert written.items() >= asked.items() and not written["load_in_4bit"]
+    tensors[f"{name}.weight_format"] = np.asarray(2, np.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj.weight' has weight_format=2; only 0"):
+        qjax.hf.from_pretrained(tmp_path)
+
+
+def test_a_config_of_eight_bits_makes_them():
+    asked = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    model = qjax.hf.from_pretrained(FOLDER / "llama" / "hf", config=asked)
+    w = load_file(FOLDER / "llama" / "hf" / "model.safetensors")[Q]
+    q = model.layers[0].mlp.up_proj.kernel.q
+    assert q.format == "int8" and q.int8_threshold == float("inf")
+    np.testing.assert_array_equal(q.scales[:, 0], np.abs(w).max(axis=1))
+    # Half a code, and the rounding of the product.
+    step = np.asarray(q.scales)[:, :1] / 127
+    assert (np.abs(np.asarray(q.dequantize()).T - w) <= 0.5 * step * (1 + 1e-5)).all()
+
+
+def test_formats_of_which_bitsandbytes_knows_nothing_are_not_written(tmp_path):
+    config = QuantConfig(overrides={"layers/0": {"format": "int4"}})
+    model = qjax.hf.from_pretrained(FOLDER / "llama" / "hf", config=config)
+    with pytest.raises(ValueError, match=r"the model has weights in \['int4', 'nf4'\]; use"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 Q = "model.layers.0.mlp.up_proj.weight"

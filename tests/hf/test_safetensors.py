@@ -153,6 +153,45 @@ def test_a_truncated_file_is_named(folder):
         qjax.hf.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("lm_head.weight", {"data_offsets": [0, 10**12]}),  # past the end
+        ("lm_head.weight", {"data_offsets": [8, 4]}),
+        ("model.norm.weight", {"data_offsets": [0, 256]}),  # another tensor's bytes
+        ("lm_head.weight", {"shape": [128, 65]}),  # not of its bytes
+        ("lm_head.weight", {"shape": [2**62, 64]}),
+        ("lm_head.weight", {"dtype": "F7"}),
+    ],
+)
+def test_a_header_that_lies_is_named(folder, name, change):
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[name] |= change
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
+        qjax.hf.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("length", [0, 2**40, 2**63])
+def test_a_length_of_the_header_that_lies_is_named(folder, length):
+    file = folder / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
+        qjax.hf.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts"])
+def test_a_count_of_more_than_there_are_tensors_is_named(key, tmp_path):
+    folder = shutil.copytree(FOLDER / "mixtral" / "hf", tmp_path / "mixtral")
+    edit_config(folder, **{key: 10**12})
+    with pytest.raises(ValueError, match=f"{key}=1000000000000: more than there are tensors"):
+        qjax.hf.from_pretrained(folder)
+
+
 def test_a_pickle_is_refused_with_the_reason(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"neither .* \(pytorch_model.bin is a pickle"):

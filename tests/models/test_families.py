@@ -100,6 +100,19 @@ def test_t5_generates_what_transformers_generates(family):
         np.testing.assert_array_equal(out, ref["greedy" + padding])
 
 
+@pytest.mark.parametrize("file", ["config_longrope.json", "config_longrope_old.json"])
+def test_longrope_equals_transformers_on_both_sides_of_its_length(file, tmp_path):
+    with np.load(FOLDER / "phi3" / "longrope.npz") as arrays:
+        expected = dict(arrays)
+    (tmp_path / "model.safetensors").symlink_to(FOLDER / "phi3" / "hf" / "model.safetensors")
+    (tmp_path / "config.json").write_text((FOLDER / "phi3" / file).read_text())
+    model, ids = qjax.hf.from_pretrained(tmp_path), reference("phi3")["input_ids"]
+    assert error(model(ids), expected["long"]).max() < TOLERANCE
+    assert error(model(ids[:, :12]), expected["short"]).max() < TOLERANCE
+    out = model.generate(ids[:, :20], max_new_tokens=12)
+    np.testing.assert_array_equal(out, expected["greedy"])
+
+
 def test_an_old_tied_t5_ignores_the_copy_of_its_head(tmp_path):
     folder, ref = FOLDER / "t5" / "hf", reference("t5")
     tensors = load_file(folder / "model.safetensors")

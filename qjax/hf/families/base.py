@@ -104,10 +104,12 @@ def rope_config(data: Data, kind: str | None = None) -> RopeConfig:
             original_length=rope["original_max_position_embeddings"],
             **common,
         )
+    if scaling in ("longrope", "su"):
+        return _longrope(data, rope, common)
     if scaling == "yarn":
         return _yarn(data, rope, common)
     raise NotImplementedError(
-        f"rope_type={scaling!r} in config.json: only default, linear, llama3 and yarn"
+        f"rope_type={scaling!r} in config.json: only default, linear, llama3, yarn and longrope"
     )
 
 
@@ -126,6 +128,22 @@ def _yarn(data: Data, rope: Data, common: dict[str, Any]) -> RopeConfig:
         beta_slow=rope.get("beta_slow") or 1.0,
         attention_factor=attention,
         truncate=rope.get("truncate", True),
+        **common,
+    )
+
+
+def _longrope(data: Data, rope: Data, common: dict[str, Any]) -> RopeConfig:
+    length = data["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or data.get(
+        "original_max_position_embeddings", length
+    )
+    return RopeConfig(
+        kind="longrope",
+        factor=rope.get("factor") or length / original,
+        original_length=original,
+        factors=tuple(rope["short_factor"]),
+        long_factors=tuple(rope["long_factor"]),
+        attention_factor=rope.get("attention_factor"),
         **common,
     )
 

@@ -57,6 +57,9 @@ LLAMA = Family(_llama, LLAMA_NAMES, ignored=_ROTARY)
 MISTRAL = Family(_mistral, LLAMA_NAMES, ignored=_ROTARY)
 QWEN2 = Family(_qwen2, LLAMA_NAMES)
 QWEN3 = Family(_qwen3, {**LLAMA_NAMES, **QK_NORM_NAMES})
+_APART = ("/q_proj", "/k_proj", "/v_proj", "/gate_proj", "/up_proj")
 PHI3 = Family(
-    _phi3, {**LLAMA_NAMES, **same_names("model", "self_attn/qkv_proj", "mlp/gate_up_proj")}
+    _phi3,
+    {path: name for path, name in LLAMA_NAMES.items() if not path.endswith(_APART)}
+    | same_names("model", "self_attn/qkv_proj", "mlp/gate_up_proj"),
 )

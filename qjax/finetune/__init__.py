@@ -1,0 +1,1 @@
+"""Fine-tuning from a file of texts or chats: what `qjax finetune` runs."""
