@@ -27,14 +27,14 @@ from qjax.swap.linen_apply import fused as fused
 from qjax.swap.merge import dequantize_model as dequantize_model
 from qjax.swap.merge import merge_lora as merge_lora
 from qjax.swap.nnx import quantize_model as quantize_model
-from qjax.swap.qat import fake_quantize_params as fake_quantize_params
-from qjax.swap.qat import fake_quantized as fake_quantized
 from qjax.swap.nnx_adapters import active_adapter as active_adapter
 from qjax.swap.nnx_adapters import adapter_names as adapter_names
 from qjax.swap.nnx_adapters import delete_adapter as delete_adapter
 from qjax.swap.nnx_adapters import disable_adapter as disable_adapter
 from qjax.swap.nnx_adapters import set_adapter as set_adapter
 from qjax.swap.nnx_lora import add_lora as add_lora
+from qjax.swap.qat import fake_quantize_params as fake_quantize_params
+from qjax.swap.qat import fake_quantized as fake_quantized
 from qjax.swap.report import memory_footprint as memory_footprint
 from qjax.swap.report import report as report
 from qjax.train import combine as combine
