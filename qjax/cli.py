@@ -4,6 +4,7 @@ import typer
 
 from qjax.commands.demo import demo
 from qjax.commands.finetune import finetune
+from qjax.commands.generate import generate
 from qjax.commands.inspect import inspect
 from qjax.commands.quantize import quantize
 
@@ -14,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="4-bit models in JAX and Flax.",
 )
-for _command in (demo, quantize, inspect, finetune):
+for _command in (demo, quantize, inspect, generate, finetune):
     app.command()(_command)
 
 if __name__ == "__main__":

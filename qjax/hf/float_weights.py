@@ -45,6 +45,6 @@ def float_weights(path_or_id, model: Pretrained) -> Callable[[str], jax.Array]:
             raise ValueError(f"{path_or_id} lacks {missing[0]!r}")
         if packed := [name for name in where.names if name in source.packed]:
             raise ValueError(f"{path_or_id} has {packed[0]!r} in 4 bits alone")
-        return read_float(source, where, shape, jnp.float32)
+        return read_float(source, where, jax.ShapeDtypeStruct(shape, jnp.float32))
 
     return read

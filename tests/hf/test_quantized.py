@@ -100,7 +100,7 @@ def test_a_bfloat16_checkpoint_decodes_to_bfloat16():
     model = dequantize_model(model)  # bfloat16 weights, computed in float32, as the golden logits
     # The golden model had been cast to bfloat16 as a whole, its RoPE frequencies too.
     freqs = frequencies(model.config.rope, model.config.head_dim)
-    factors = tuple(freqs / np.asarray(jnp.asarray(freqs, jnp.bfloat16), np.float32))
+    factors = tuple((freqs / np.asarray(jnp.asarray(freqs, jnp.bfloat16), np.float32)).tolist())
     plain = {"kind": "longrope", "attention_factor": 1.0}
     rope = dataclasses.replace(model.config.rope, factors=factors, long_factors=factors, **plain)
     model.config = dataclasses.replace(model.config, rope=rope)
