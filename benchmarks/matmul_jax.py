@@ -2,7 +2,6 @@
 
 import functools
 import os
-import statistics
 import sys
 import time
 import warnings
@@ -18,8 +17,8 @@ from matmul_cells import BLOCK, Cell, copies
 import pallas_kernels
 from pallas_kernels import dispatch
 from pallas_kernels.scales import DoubleQuantScales
+from pallas_kernels.tune import device_time
 
-REPEATS = 5
 CHECKED = 32  # combinations of rows that are compared
 IMPLEMENTATIONS = {"qjax": None, "qjax triton": "triton", "XLA dequantize + dot": "xla"}
 CODEBOOK = np.linspace(-1, 1, 16, dtype=np.float32)
@@ -121,15 +120,6 @@ def compile_cell(cell: Cell) -> Callable:
 
     count = copies(nbytes(cell))
     return jax.jit(many).lower([x] * count, [w] * count).compile()
-
-
-def device_time(compiled: Callable, xs: list, ws: list) -> float:
-    """Microseconds of one product: the sum of its device kernels, median of the repetitions."""
-    from jax.experimental.mosaic.gpu import profiler  # only where there is a GPU
-
-    measure = profiler.Cupti(finalize=False).measure
-    _, runs = measure(compiled, aggregate=False, iterations=REPEATS)(xs, ws)
-    return statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3 / len(ws)
 
 
 def wall_time(compiled: Callable, xs: list, ws: list) -> float:

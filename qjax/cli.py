@@ -7,14 +7,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from qjax import tune
 from qjax.demo.run import DemoError, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="4-bit models in JAX and Flax.")
 
 
-@app.callback()
-def _root() -> None:
-    """Keep `qjax demo` a subcommand while it is the only one."""
+app.command("tune")(tune.command)
 
 
 @app.command()

@@ -31,6 +31,7 @@ LAYERS = {
     "qjax": FLAX,
     # Above the public names, which they use as any user does.
     "qjax.demo": FLAX | {"optax", "matplotlib"},
+    "qjax.tune": FLAX | {"typer"},
     "qjax.cli": FLAX | {"typer"},
 }
 RANKS = {layer: rank for rank, layer in enumerate(LAYERS)}
