@@ -30,7 +30,7 @@ def device_time(compiled: Callable, xs: list, weights: list) -> float:
     _, milliseconds = profiler.Cupti(finalize=False).measure(compiled, iterations=REPEATS)(
         xs, weights
     )
-    if milliseconds is None:
+    if not isinstance(milliseconds, list):
         raise RuntimeError("CUPTI reported no kernels: is another profiler running?")
     return statistics.median(milliseconds) * 1e3 / len(xs)
 
