@@ -4,7 +4,6 @@ import functools
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -138,7 +137,6 @@ class Bench:
         self.checkers = ThreadPoolExecutor(4)
         self.time = device_time if dispatch.target().is_cuda else wall_time
         self.compiled: dict[Cell, Future] = {}
-        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
 
     @functools.lru_cache(maxsize=3)  # noqa: B019 - one Bench a process
     def weights(self, n: int, k: int, kind: str) -> Weight:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_scales import layer_index, operands
 
 MAX_ROWS = 4  # each row of x costs a multiply-add a weight; decoding once for a dot wins above
 ROWS = 4
 STEP = 2048
-NUM_WARPS = 4
 MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 
 
@@ -31,11 +31,10 @@ def matmul(
     spec, arrays = operands(scales, k // block_size, layer is not None, interpret)
     step = max(block_size // 2, min(STEP, pl.next_power_of_2(half)))
     planes = x.astype(jnp.float32).reshape(m, half, 2).transpose(2, 0, 1)
-    y = pl.pallas_call(
+    y = triton_call(
         functools.partial(_kernel, half=half, step=step, half_block=block_size // 2, spec=spec),
-        grid=(pl.cdiv(n, ROWS),),
+        grid=pl.cdiv(n, ROWS),
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
-        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name="matmul_4bit_triton",
     )(layer_index(layer), packed.reshape(-1, n * half), codebook, planes, *arrays)
