@@ -6,7 +6,7 @@ from collections.abc import Iterator
 BLOCK = 64
 REFERENCE = "torch bf16"
 JAX = ("qjax", "qjax triton", "XLA dequantize + dot", "jax bf16")
-TORCH = (REFERENCE, "bitsandbytes", "GemLite int4", "tinygemm int4")
+TORCH = (REFERENCE, "bitsandbytes", "tinygemm int4", "GemLite int4")
 LIBRARIES = JAX + TORCH
 
 MAIN = ((4096, 14336), (14336, 4096), (4096, 4096))  # K x N
@@ -79,7 +79,7 @@ def _wanted() -> Iterator[Cell]:
         for m in ROWS:
             yield Cell(REFERENCE, *shape, m)
             yield Cell("qjax", *shape, m)
-    for m in (1, 2, 4):
+    for m in (1, 2, 4, 8):  # 8: the decode kernel, then a dot
         yield Cell("qjax triton", *MAIN[0], m)
     for m in BACKWARD_ROWS:
         yield Cell("bitsandbytes", *MAIN[0], m, transpose=True)

@@ -133,7 +133,7 @@ class Bench:
 
     def __init__(self, deadline: float):
         self.deadline = deadline
-        self.compilers = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2))
+        self.compilers = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 4))
         self.checkers = ThreadPoolExecutor(4)
         self.time = device_time if dispatch.target().is_cuda else wall_time
         self.compiled: dict[Cell, Future] = {}

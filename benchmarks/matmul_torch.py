@@ -8,20 +8,21 @@ process of its own, since two profilers do not share one.
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from matmul_cells import BLOCK, Cell, copies
 
 REPEATS = 5
-BATCH = 14  # cells of one profile
+BATCH = 14  # cells of one profile, of one library
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "bitsandbytes", "gemlite", "triton")
 
@@ -193,6 +194,12 @@ def split(events: list[tuple[str, float]]) -> list[float]:
     return sums
 
 
+def batches(cells: list[Cell]) -> Iterator[list[Cell]]:
+    """Cells in a row of one library, at most BATCH; few where each compiles kernels of its own."""
+    for library, group in itertools.groupby(cells, key=lambda cell: cell.library):
+        yield from map(list, itertools.batched(group, 2 if library == "GemLite int4" else BATCH))
+
+
 def versions() -> dict[str, str]:
     """Those of the packages that are installed."""
     found = {}
@@ -203,18 +210,20 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    start = time.time()
     warnings.simplefilter("ignore")
     torch.backends.cuda.matmul.allow_tf32 = False
     cells_path, out, deadline = sys.argv[1:]
     cells = [Cell(**cell) for cell in json.loads(pathlib.Path(cells_path).read_text())]
     with open(out, "a") as file:
         print(json.dumps({"versions": versions()}), file=file, flush=True)
-        for start in range(0, len(cells), BATCH):
+        for batch in batches(cells):
             if time.time() > float(deadline):
                 break
-            for row in record(cells[start : start + BATCH]):
+            for row in record(batch):
                 cell = row.pop("cell")
                 print(json.dumps(cell.__dict__ | row), file=file, flush=True)
+            print(f"{time.time() - start:.0f} s: {batch[-1]} and before", flush=True)
 
 
 if __name__ == "__main__":
