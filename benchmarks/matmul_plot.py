@@ -11,12 +11,13 @@ import sys
 import matmul_report
 import matplotlib
 from matmul_cells import BLOCK, MAIN, ROWS
+from matmul_readme import PEERS
 
 matplotlib.use("svg")
 from matplotlib import pyplot
 
 BANDWIDTH, OPERATIONS = 3.0e12, 800e12  # measured copies, and dense products, of an H100 (SXM)
-LIBRARIES = ("qjax", *matmul_report.PEERS)
+LIBRARIES = ("qjax", *PEERS)
 
 
 def limit(k: int, n: int, m: int) -> float:

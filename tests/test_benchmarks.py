@@ -98,6 +98,16 @@ def test_rows_are_compared_with_the_reference_of_their_run(module, tmp_path):
     assert report_module.Table(report).ratio("qjax", 4096, 14336, 1) == "3.00"
 
 
+@pytest.mark.parametrize("error", [0.5, float("nan")])
+def test_a_wrong_result_is_not_compared(module, error):
+    report_module = module("matmul_report")
+    report = report_module.load(pathlib.Path("none.json"))
+    wrong = row("qjax", 16.0) | {"error": error}
+    report_module.add(report, [row("torch bf16", 40.0), wrong], ABOUT, "how")
+    [found] = [row for row in report["matmul"] if row["library"] == "qjax"]
+    assert found["wrong"] and "ratio" not in found
+
+
 def test_other_measurements_replace_those_of_the_same_settings(module, tmp_path):
     report_module, file = module("matmul_report"), tmp_path / "results.json"
     for us in (3.0, 2.0):
@@ -105,6 +115,11 @@ def test_other_measurements_replace_those_of_the_same_settings(module, tmp_path)
     report_module.put(file, "chain", {"m": 4, "pairs": 2}, {"us": 5.0})
     rows = report_module.load(file)["chain"]
     assert rows == [{"m": 1, "pairs": 2, "us": 2.0}, {"m": 4, "pairs": 2, "us": 5.0}]
+
+
+def test_the_readme_quotes_the_file(module):
+    report = module("matmul_report").load(FOLDER / "results/nvidia-h100.json")
+    assert module("matmul_readme").section(report) in (FOLDER.parent / "README.md").read_text()
 
 
 def test_the_limit_is_bytes_for_one_row_and_operations_for_many(module):

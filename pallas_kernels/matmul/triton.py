@@ -58,11 +58,6 @@ def unsupported(
     return None
 
 
-def slower(*args, **options) -> str:
-    """Why it is not chosen unless it is named: it is checked in interpret mode alone."""
-    return "it has not been run on a GPU in its present form; implementation='triton' runs it"
-
-
 def _kernel(layer_ref, packed_ref, codebook_ref, x_ref, *refs, half, step, half_block, spec):
     *scale_refs, out_ref = refs
     m, n = out_ref.shape
