@@ -15,6 +15,7 @@ import json
 import pathlib
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -47,18 +48,16 @@ def chain(kind: str, x: jax.Array, weights: list) -> jax.Array:
     return x
 
 
-def measure(k: int, n: int, m: int, pairs: int, kind: str) -> dict[str, float]:
-    """Microseconds of a product, by way of compiling."""
+def arguments(k: int, n: int, m: int, pairs: int, kind: str) -> tuple[jax.Array, list]:
     keys = jax.random.split(jax.random.key(0), 2 * pairs)
     shapes = [(n, k), (k, n)] * pairs
     weights = [make_weight(key, *shape, kind) for key, shape in zip(keys, shapes, strict=True)]
-    x = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
-    lowered = jax.jit(functools.partial(chain, kind)).lower(x, weights)
-    times = {}
-    for name, options in (("default", {}), ("graph", GRAPH)):
-        compiled = lowered.compile(compiler_options=options)
-        times[name] = round(wall(compiled, x, weights) * 1e6 / (2 * pairs), 2)
-    return times
+    return jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16), weights
+
+
+def compile_chain(k: int, n: int, m: int, pairs: int, kind: str, options: dict):
+    args = jax.eval_shape(lambda: arguments(k, n, m, pairs, kind))
+    return jax.jit(functools.partial(chain, kind)).lower(*args).compile(compiler_options=options)
 
 
 def wall(compiled, *arguments) -> float:
@@ -79,20 +78,33 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--shapes", default="4096x14336,4096x4096")
     args = parser.parse_args()
-    for shape in args.shapes.split(","):
-        k, n = map(int, shape.split("x"))
-        for m in map(int, args.rows.split(",")):
-            settings = {"k": k, "n": n, "m": m, "pairs": args.pairs}
-            figures = {}
-            for kind in ("bf16", "nf4"):
-                times = measure(k, n, m, args.pairs, kind)
-                figures |= {f"{kind}_{name}_us": us for name, us in times.items()}
-            for name in ("default", "graph"):
-                ratio = figures[f"bf16_{name}_us"] / figures[f"nf4_{name}_us"]
-                figures[f"{name}_ratio"] = round(ratio, 2)
-            print(json.dumps(settings | figures), flush=True)
-            if args.out:
-                matmul_report.put(args.out, "chain", settings, figures)
+    sizes = [
+        (*map(int, shape.split("x")), int(m), args.pairs)
+        for shape in args.shapes.split(",")
+        for m in args.rows.split(",")
+    ]
+    ways = {"default": {}, "graph": GRAPH}
+    with ThreadPoolExecutor() as pool:
+        compiled = {
+            (size, kind, way): pool.submit(compile_chain, *size, kind, options)
+            for size in sizes
+            for kind in ("bf16", "nf4")
+            for way, options in ways.items()
+        }
+    for size in sizes:
+        settings = dict(zip(("k", "n", "m", "pairs"), size, strict=True))
+        figures = {}
+        for kind in ("bf16", "nf4"):
+            x, weights = arguments(*size, kind)
+            for way in ways:
+                seconds = wall(compiled[size, kind, way].result(), x, weights)
+                figures[f"{kind}_{way}_us"] = round(seconds * 1e6 / len(weights), 2)
+            del weights
+        for way in ways:
+            figures[f"{way}_ratio"] = round(figures[f"bf16_{way}_us"] / figures[f"nf4_{way}_us"], 2)
+        print(json.dumps(settings | figures), flush=True)
+        if args.out:
+            matmul_report.put(args.out, "chain", settings, figures)
 
 
 if __name__ == "__main__":

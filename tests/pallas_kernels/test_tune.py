@@ -95,7 +95,7 @@ def test_a_file_that_does_not_fit_is_left_aside(cache, edit, message):
     [
         ({"backend": "cublas"}, "backend is 'cublas'"),
         ({"tiles": {"type": "WideTiles"}}, "KeyError: 'WideTiles'"),
-        ({"tiles": {"type": "DecodeTiles", "warps": 0}}, "DecodeTiles.warps is 0"),
+        ({"tiles": {"type": "DecodeTiles", "warps": -1}}, "DecodeTiles.warps is -1"),
         ({"tiles": {"type": "DecodeTiles", "warps": "8"}}, "DecodeTiles.warps is '8'"),
         ({"tiles": {"type": "DecodeTiles", "lanes": 4}}, "lanes"),
         ({"tiles": []}, "TypeError"),
