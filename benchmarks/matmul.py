@@ -32,10 +32,10 @@ TORCH_GRACE = 15  # seconds to finish what is under way
 SAVE_EVERY = 40  # cells
 METHOD = (
     "us: sum of the device kernels of one product by CUPTI activity records (JAX by Mosaic GPU's "
-    "profiler, PyTorch by Kineto, in processes of their own), median of 5 repetitions, over 3 to 8 "
-    "distinct weights and activations of at least 140 MB together; torch_bf16_us: of the same "
-    "shape in the same run; error: relative, in the 2-norm, against the decoded weight in float32; "
-    "ran: the module of qjax that dispatch took"
+    "profiler, PyTorch by Kineto, in processes of their own), median of 5 repetitions over 8 "
+    "distinct weights in turn, or fewer of 140 MB together; up to 128 rows each has an x of its "
+    "own; torch_bf16_us: the same shape in the same run; error: relative, in the 2-norm, against "
+    "the decoded weight in float32; ran: the module of qjax that dispatch took"
 )
 
 

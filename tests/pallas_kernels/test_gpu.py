@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, matmul
+from pallas_kernels import dequantize, dispatch, matmul, quantize
 from tests.pallas_kernels.problems import H100, NF4, decoded, lower, weight
 
 BLOCK = 64
@@ -148,3 +148,29 @@ def test_scan_reads_layers_in_place(regime):
     assert re.findall(copied, compiled.as_text()) == []
     for layer, y in enumerate(compiled(x, packed, scales)):
         check(y, expected(x, packed, scales, regime.transpose, layer))
+
+
+@pytest.mark.gpu
+@both_scales
+def test_dequantize_and_quantize_write_every_element(double):
+    packed, scales = weight(515, 2880, BLOCK, double=double)
+    want = decoded(packed, scales, BLOCK)
+    poison()
+    got = dequantize(
+        packed,
+        scales,
+        jnp.asarray(NF4),
+        block_size=BLOCK,
+        dtype=jnp.float32,
+        implementation="triton",
+    )
+    # A float32 scale and its product with a code: two roundings of 2^-24, three when double.
+    np.testing.assert_allclose(got, want, rtol=3 * 2.0**-24, atol=1e-7)
+    poison()
+    codes, absmax = quantize(got, NF4, block_size=BLOCK, implementation="triton")
+    largest = np.abs(np.asarray(got)).reshape(515, -1, BLOCK).max(-1)
+    np.testing.assert_array_equal(absmax, largest)
+    # Each value decodes again to within half of the widest gap between codes.
+    again = decoded(codes, absmax, BLOCK)
+    half_gap = np.diff(NF4).max() / 2 * np.repeat(largest, BLOCK, 1)
+    assert (np.abs(again - np.asarray(got)) <= half_gap * (1 + 1e-6)).all()
