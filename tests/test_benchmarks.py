@@ -123,7 +123,6 @@ def test_the_readme_quotes_the_file(module):
 
 
 def test_the_limit_is_bytes_for_one_row_and_operations_for_many(module):
-    pytest.importorskip("matplotlib")  # the extra `plots`
     limit = module("matmul_plot").limit
     # 2 bytes a weight over 0.5625, and x and y of 0.03 % of them.
     assert limit(4096, 14336, 1) == pytest.approx(3.556, rel=1e-3)
