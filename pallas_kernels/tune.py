@@ -45,9 +45,9 @@ def candidates(key: Key, limit: int) -> Iterator[tuple[str, Tiles | None]]:
 
 
 def _tiles(backend: str, key: Key, limit: int) -> Iterable[Tiles | None]:
-    outputs = key.k if key.transpose else key.n
     if backend == "mosaic_large":
-        return [tiles for tiles in LARGE_STEP_US if outputs % tiles.outputs == 0][:limit]
+        outputs = key.k if key.transpose else key.n
+        return [t for t in LARGE_STEP_US if outputs % getattr(t, "outputs", 1) == 0][:limit]
     if backend == "mosaic_gpu":
         from pallas_kernels.matmul import mosaic_gpu
 
