@@ -88,18 +88,14 @@ def _grid_codes() -> np.ndarray:
     return np.searchsorted(bounds, points).astype(np.uint8)
 
 
-def kernel_scales(scales: jax.Array | DoubleQuant) -> jax.Array | DoubleQuantScales:
+def kernel_form(scales: DoubleQuant) -> DoubleQuantScales:
     """Return the scales [*rows, blocks] of one slice as the kernels take them: [N, blocks]."""
-    if not isinstance(scales, DoubleQuant):
-        return scales.reshape(-1, scales.shape[-1])
     codes = scales.codes.reshape(-1, scales.codes.shape[-1])
     return DoubleQuantScales(codes, scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
 
 
-def take_scales(scales: jax.Array | DoubleQuant, rows: jax.Array) -> jax.Array:
+def take_scales(scales: DoubleQuant, rows: jax.Array) -> jax.Array:
     """Return the float32 scales [len(rows), blocks] of some rows of a two-dimensional slice."""
-    if not isinstance(scales, DoubleQuant):
-        return scales[rows]
     codes = scales.codes[rows]
     flat = rows[:, None] * codes.shape[-1] + np.arange(codes.shape[-1], dtype=np.int32)[None]
     products = lookup(dynamic_table(), codes) * lookup(scales.absmax, flat // SECOND_LEVEL_BLOCK)
