@@ -34,7 +34,7 @@ METHOD = (
     "us: sum of the device kernels of one product by CUPTI activity records (JAX by Mosaic GPU's "
     "profiler, PyTorch by Kineto, in processes of their own), median of 5 repetitions over 8 "
     "distinct weights in turn, or fewer of 140 MB together; up to 128 rows each has an x of its "
-    "own; torch_bf16_us: the same shape in the same run; error: relative, in the 2-norm, against "
+    "own; reference_us: the same shape in the same run; error: relative, in the 2-norm, against "
     "the decoded weight in float32; ran: the module of qjax that dispatch took"
 )
 
@@ -98,6 +98,7 @@ def machine(versions: dict[str, str], commit: str) -> dict:
         "driver": driver,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit,
+        "method": METHOD,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         | versions,
     }
@@ -140,13 +141,13 @@ def main() -> None:
         versions, rows = torch_rows(pathlib.Path(folder) / "torch.jsonl")
     about = machine(versions, args.commit)
     report = matmul_report.load(args.out)
-    matmul_report.add(report, rows, about, METHOD)
+    matmul_report.add(report, rows, about)
     matmul_report.save(report, args.out)
     for part in (kernels, dots):
         bench.compile(part)
         for first in range(0, len(part), SAVE_EVERY):
             rows = jax_rows(bench, part[first : first + SAVE_EVERY])
-            matmul_report.add(report, rows, about, METHOD)
+            matmul_report.add(report, rows, about)
             matmul_report.save(report, args.out)
             print(f"{len(rows)} cells after {time.time() - start:.0f} s", flush=True)
 

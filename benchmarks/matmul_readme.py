@@ -43,7 +43,7 @@ def shapes_table(report: dict) -> str:
     for m in (1, 16, 64):
         ratios = [table.ratio("qjax", *shape, m, double=True) for shape in MAIN]
         rows.append([f"{m}, double quantization", *ratios, *["-"] * len(MAIN)])
-    return markdown(head, rows)
+    return markdown(head, [row for row in rows if {*row[1:]} != {"-"}])
 
 
 def models_table(report: dict) -> str:
@@ -90,25 +90,34 @@ def summary(report: dict) -> list[str]:
 
 def section(report: dict) -> str:
     """The README's part on GPUs."""
-    [about] = list(report["runs"].values())[-1:]
-    software = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if name != "jaxlib")
+    runs = list(report["runs"].values())
+    devices = " and ".join(sorted({run["device"] for run in runs}))
+    first = f"K x N = {MAIN[0][0]} x {MAIN[0][1]}"
     intro = (
-        f"On one {about['device']} ({software}): how many times as fast as torch bf16 a product "
-        f"with 4-bit weights in blocks of 64 is, K x N = {MAIN[0][0]} x {MAIN[0][1]}, in device "
-        "time, with weights that no cache holds. qjax, bitsandbytes and XLA multiply by NF4 with "
-        "float32 scales, GemLite and tinygemm by integers with bf16 scales and zeros."
+        f"On one {devices}: how many times as fast as PyTorch's bf16 product one with 4-bit "
+        f"weights in blocks of 64 is, {first}, with weights that no cache holds. qjax, "
+        "bitsandbytes and XLA multiply by NF4, GemLite and tinygemm by integers with bf16 scales "
+        f"and zeros. Taken in {len(runs)} run{'s' * (len(runs) > 1)}, which "
+        "[nvidia-h100.json](benchmarks/results/nvidia-h100.json) describes."
     )
+    tables = libraries_table(report), shapes_table(report)
     parts = [
         textwrap.fill(intro, 100),
-        "![Times as fast as torch bf16, by rows of x](benchmarks/results/nvidia-h100.svg)",
-        libraries_table(report),
+        "![Times as fast as bf16, by rows of x](benchmarks/results/nvidia-h100.svg)",
+        tables[0],
         "qjax, by shape (K x N), forward and for the gradient of x (dX):",
-        shapes_table(report),
-        "\n".join(
-            textwrap.fill(f"- {line}", 100, subsequent_indent="  ") for line in summary(report)
-        ),
+        tables[1],
     ]
-    return "\n\n".join(parts)
+    if any("*" in table for table in tables):
+        parts.append(f"\\* To another reference than PyTorch in the same run:\n{others(report)}.")
+    found = [textwrap.fill(f"- {line}", 100, subsequent_indent="  ") for line in summary(report)]
+    return "\n\n".join([*parts, "\n".join(found)])
+
+
+def others(report: dict) -> str:
+    """The references that are not PyTorch's bf16 of the same run."""
+    names = {row.get("reference", REFERENCE) for row in report["matmul"]} - {REFERENCE}
+    return "; ".join(sorted(names))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from matmul_cells import REFERENCE
 
 CELL = ("library", "k", "n", "m", "transpose", "double")
 TOLERANCE = 2.0**-6  # of the 2-norm; roundings to bfloat16 add up to 2^-8
-EMPTY = {"method": "", "runs": {}, "matmul": []}
+EMPTY = {"runs": {}, "matmul": []}
 
 
 def load(path: pathlib.Path) -> dict:
@@ -24,10 +24,9 @@ def reference(row: dict) -> tuple:
     return REFERENCE, row["k"], row["n"], row["m"], row["transpose"], False
 
 
-def add(report: dict, rows: list[dict], about: dict, method: str) -> None:
+def add(report: dict, rows: list[dict], about: dict) -> None:
     """Put a run's rows in place of those of the same cells, compared with that run's reference."""
     run = f"{about['date']} {about['commit'][:7]}"
-    report["method"] = method
     report["runs"][run] = about
     old = {key(row): row for row in report["matmul"]}
     old |= {key(row): row | {"run": run} for row in rows}
@@ -39,11 +38,15 @@ def add(report: dict, rows: list[dict], about: dict, method: str) -> None:
         if not row["error"] <= TOLERANCE:
             row["wrong"] = True  # and not compared
         elif base is not None and base["run"] == run:
-            row["torch_bf16_us"] = round(base["us"], 2)
-            row["ratio"] = round(base["us"] / row["us"], 2)
+            compare(row, REFERENCE, base["us"])
     report["matmul"] = [old[k] for k in sorted(old)]
     used = {row["run"] for row in report["matmul"]}
     report["runs"] = {name: about for name, about in report["runs"].items() if name in used}
+
+
+def compare(row: dict, name: str, us: float) -> None:
+    """Say how many times as fast a row is as a reference of this name and time."""
+    row |= {"reference": name, "reference_us": round(us, 2), "ratio": round(us / row["us"], 2)}
 
 
 def save(report: dict, path: pathlib.Path) -> None:
@@ -72,9 +75,10 @@ class Table:
         self.rows = {key(row): row for row in report["matmul"]}
 
     def ratio(self, library, k, n, m, transpose=False, double=False) -> str:
-        """How many times faster than torch bf16, or a dash."""
-        value = self.rows.get((library, k, n, m, transpose, double), {}).get("ratio")
-        return "-" if value is None else f"{value:.2f}"
+        """How many times as fast as bf16, or a dash; starred if not torch's of the same run."""
+        row = self.rows.get((library, k, n, m, transpose, double), {})
+        star = "" if row.get("reference") == REFERENCE else "\\*"
+        return f"{row['ratio']:.2f}{star}" if "ratio" in row else "-"
 
     def us(self, library, k, n, m, transpose=False, double=False) -> str:
         value = self.rows.get((library, k, n, m, transpose, double), {}).get("us")

@@ -80,10 +80,10 @@ def row(library, us, m=1, **kinds):
 def test_rows_are_compared_with_the_reference_of_their_run(module, tmp_path):
     report_module = module("matmul_report")
     report, file = report_module.load(tmp_path / "none.json"), tmp_path / "results.json"
-    report_module.add(report, [row("torch bf16", 40.0), row("qjax", 16.0)], ABOUT, "how")
-    report_module.add(report, [row("qjax", 14.0, double=True)], ABOUT, "how")
+    report_module.add(report, [row("torch bf16", 40.0), row("qjax", 16.0)], ABOUT)
+    report_module.add(report, [row("qjax", 14.0, double=True)], ABOUT)
     later = ABOUT | {"date": "2026-01-02"}
-    report_module.add(report, [row("bitsandbytes", 20.0)], later, "how")
+    report_module.add(report, [row("bitsandbytes", 20.0)], later)
     report_module.save(report, file)
     assert report_module.load(file) == report == json.loads(file.read_text())
     table = report_module.Table(report)
@@ -93,7 +93,7 @@ def test_rows_are_compared_with_the_reference_of_their_run(module, tmp_path):
     assert table.us("bitsandbytes", 4096, 14336, 1) == "20.0"
     # A run whose rows are all replaced is forgotten.
     everything = [row("torch bf16", 42.0), row("qjax", 14.0), row("qjax", 13.0, double=True)]
-    report_module.add(report, everything, later, "how")
+    report_module.add(report, everything, later)
     assert list(report["runs"]) == ["2026-01-02 0123456"]
     assert report_module.Table(report).ratio("qjax", 4096, 14336, 1) == "3.00"
 
@@ -103,7 +103,7 @@ def test_a_wrong_result_is_not_compared(module, error):
     report_module = module("matmul_report")
     report = report_module.load(pathlib.Path("none.json"))
     wrong = row("qjax", 16.0) | {"error": error}
-    report_module.add(report, [row("torch bf16", 40.0), wrong], ABOUT, "how")
+    report_module.add(report, [row("torch bf16", 40.0), wrong], ABOUT)
     [found] = [row for row in report["matmul"] if row["library"] == "qjax"]
     assert found["wrong"] and "ratio" not in found
 

@@ -139,7 +139,7 @@ def shapes(m, n, k, block, dtype, transpose):
 # Each refuses some kernel: rows, width, length, block size, dtype, direction.
 CALLS = list(
     itertools.product(
-        (1, 40, 300, 8192),
+        (1, 3, 40, 300, 8192),
         (515, 4096),
         (192, 4608),
         (32, 48),
