@@ -98,6 +98,7 @@ def machine(versions: dict[str, str], commit: str) -> dict:
         "driver": driver,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit,
+        "what": "all libraries in one run, device kernels of both sides",
         "method": METHOD,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         | versions,

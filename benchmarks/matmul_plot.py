@@ -37,14 +37,16 @@ def draw(report: dict, path: pathlib.Path) -> None:
     for panel, (k, n) in zip(panels, MAIN, strict=True):
         limits = [limit(k, n, m) for m in ROWS]
         panel.plot(ROWS, limits, color="black", linestyle=":", label="limit")
-        for library in LIBRARIES:
+        for i, library in enumerate(LIBRARIES):
             cells = [table.rows.get((library, k, n, m, False, False), {}) for m in ROWS]
             measured = [(row["m"], row["ratio"]) for row in cells if "ratio" in row]
             if measured:
                 width = 2.5 if library == "qjax" else 1.2
-                panel.plot(*zip(*measured), marker=".", linewidth=width, label=library)
+                style = {"color": f"C{i}", "linewidth": width, "label": library}
+                panel.plot(*zip(*measured), marker=".", **style)
         panel.axhline(1, color="grey", linewidth=0.8)
         panel.set_xscale("log", base=2)
+        panel.set_xticks(ROWS[::3], ROWS[::3])
         panel.set_title(f"{k} x {n}")
         panel.set_xlabel("rows of x")
     panels[0].set_ylabel("times as fast as bf16")

@@ -97,8 +97,8 @@ def section(report: dict) -> str:
         f"On one {devices}: how many times as fast as PyTorch's bf16 product one with 4-bit "
         f"weights in blocks of 64 is, {first}, with weights that no cache holds. qjax, "
         "bitsandbytes and XLA multiply by NF4, GemLite and tinygemm by integers with bf16 scales "
-        f"and zeros. Taken in {len(runs)} run{'s' * (len(runs) > 1)}, which "
-        "[nvidia-h100.json](benchmarks/results/nvidia-h100.json) describes."
+        f"and zeros. [nvidia-h100.json](benchmarks/results/nvidia-h100.json) has the details of "
+        f"{'; '.join(run['what'] for run in runs)}."
     )
     tables = libraries_table(report), shapes_table(report)
     parts = [
