@@ -228,3 +228,15 @@ def test_equals_float64_on_random_shapes(seed):
     k = block * int(rng.integers(1, max(2, 9000 // block)))
     kinds = dict(double=bool(rng.random() < 0.4), layers=(None, None, 2)[rng.integers(3)])
     check_on_gpu(seed, m, n, k, block, dtype=("bfloat16", "float16")[rng.integers(2)], **kinds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [2, 20])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_rows_stay_in_their_row(m, value):
+    (x, packed, scales, codebook, _), weight = random_call(0, m, 300, 512)
+    x = x.at[1, 77].set(value)
+    y = np.asarray(mosaic_gpu.matmul(x, packed, scales, codebook, block_size=64), np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        want = np.asarray(x, np.float64) @ weight.T
+    np.testing.assert_array_equal(np.isfinite(y), np.isfinite(want))
