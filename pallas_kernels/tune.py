@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,9 @@ def device_time(compiled: Callable, xs: list, weights: list) -> float:
     """Microseconds of one product: the sum of its device kernels, median of the repetitions."""
     from jax.experimental.mosaic.gpu import profiler  # only where there is a GPU
 
-    _, milliseconds = profiler.Cupti(finalize=False).measure(compiled, iterations=REPEATS)(
-        xs, weights
-    )
-    if not isinstance(milliseconds, list):
+    measured = profiler.Cupti(finalize=False).measure(compiled, iterations=REPEATS)
+    milliseconds: Any = measured(xs, weights)[1]  # a list: of each repetition
+    if milliseconds is None:
         raise RuntimeError("CUPTI reported no kernels: is another profiler running?")
     return statistics.median(milliseconds) * 1e3 / len(xs)
 
