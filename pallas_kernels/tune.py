@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.matmul.config_large import LARGE_STEP_US
+from pallas_kernels.matmul.config_large import LARGE_TILES
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK, DoubleQuantScales
 from pallas_kernels.user_tiles import Choice, Key, Tiles
@@ -46,8 +46,7 @@ def candidates(key: Key, limit: int) -> Iterator[tuple[str, Tiles | None]]:
 
 def _tiles(backend: str, key: Key, limit: int) -> Iterable[Tiles | None]:
     if backend == "mosaic_large":
-        outputs = key.k if key.transpose else key.n
-        return [t for t in LARGE_STEP_US if outputs % getattr(t, "outputs", 1) == 0][:limit]
+        return LARGE_TILES[:limit]
     if backend == "mosaic_gpu":
         from pallas_kernels.matmul import mosaic_gpu
 

@@ -136,13 +136,9 @@ def _choice(backend: str, tiles: dict | None, us: float) -> Choice:
 
 def _build(cls: type, fields: dict[str, Any]) -> Any:
     """An instance of a dataclass, its fields checked: their names, their types, sizes from 0."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "type"}
+    fields = {name: value for name, value in fields.items() if name != "type"}
     for field in dataclasses.fields(cls):
         value = fields.get(field.name, field.default)
-        numbers = value if isinstance(value, tuple) else (value,)
-        plain = isinstance(field.type, type)  # not `tuple[int, int] | None`
-        if (plain and type(value) is not field.type) or any(
-            type(number) is int and number < 0 for number in numbers
-        ):
+        if type(value) is not field.type or (field.type is int and value < 0):
             raise ValueError(f"{cls.__name__}.{field.name} is {value!r}")
     return cls(**fields)

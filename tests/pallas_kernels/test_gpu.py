@@ -30,8 +30,10 @@ class Regime(NamedTuple):
 REGIMES = {
     "decode": Regime("mosaic_gpu", "qjax_matmul_decode", 3, 515, 2880),
     "mid": Regime("mosaic_gpu", "qjax_matmul_mid", 41, 515, 2880),
-    "large": Regime("mosaic_large", "qjax_matmul_large", 301, 4160, 4096),
-    "large, transposed": Regime("mosaic_large", "qjax_matmul_large", 301, 4096, 4160, True),
+    "large": Regime("mosaic_large", "qjax_matmul_large", 301, 1096, 2880, False, "mosaic_gpu"),
+    "large, transposed": Regime(
+        "mosaic_large", "qjax_matmul_large", 301, 1096, 2880, True, "mosaic_gpu"
+    ),
     "decoded": Regime("decoded", "dequantize_4bit_triton", 301, 515, 2880),
     "triton": Regime("triton", "matmul_4bit_triton", 3, 515, 2880, False, "triton"),
 }
