@@ -167,12 +167,16 @@ def record(batch: list[Cell]) -> list[dict]:
             rows.append({"cell": cell, "error": error, "count": len(runs)})
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-    parts = split(kernels(profile)) if DEVICE == "cuda" else [1.0] * len(rows) * (REPEATS + 1)
+    if DEVICE == "cuda":
+        parts = split(kernels(profile))
+    else:  # to try the script
+        parts = [1.0] * (len(rows) * (REPEATS + 1) + 1)
+    if len(parts) != len(rows) * (REPEATS + 1) + 1:
+        raise RuntimeError(f"the profile has {len(parts)} parts for {len(rows)} cells")
     for i, row in enumerate(rows):
         # The part before a cell's first mark is its preparation.
         first = i * (REPEATS + 1) + 1
-        times = parts[first : first + REPEATS]
-        row["us"] = statistics.median(times) / row.pop("count")
+        row["us"] = statistics.median(parts[first : first + REPEATS]) / row.pop("count")
     return rows
 
 
@@ -220,9 +224,13 @@ def main() -> None:
         for batch in batches(cells):
             if time.time() > float(deadline):
                 break
-            for row in record(batch):
-                cell = row.pop("cell")
-                print(json.dumps(cell.__dict__ | row), file=file, flush=True)
+            try:
+                rows = record(batch)
+            except RuntimeError as error:  # one profile's failure must not lose the others
+                print(f"{batch[0]} and after: {error}", file=sys.stderr)
+                continue
+            for row in rows:
+                print(json.dumps(row.pop("cell").__dict__ | row), file=file, flush=True)
             print(f"{time.time() - start:.0f} s: {batch[-1]} and before", flush=True)
 
 
