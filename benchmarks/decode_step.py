@@ -1,25 +1,35 @@
 """Tokens a second of a 32-layer decode step of the Llama-2-7B shape, batch 1 and up, under jit.
 
 python benchmarks/decode_step.py [--batch 1] [--tokens 64] [--layers 32] [--unrolled] [--double]
+    [--graph] [--out FILE]
 
 Random NF4 weights (block 64), a bfloat16 head, a cache of 512 positions. Weights are stacked and
 read in place by a layer index inside `lax.scan`, or unrolled as separate arrays. Prints the wall
-time, and the copies of packed weights that the compiled program holds (there should be none).
+time, and the copies of packed weights that the compiled program holds (there should be none);
+--out adds them to a results file. --graph compiles with XLA's command buffers (CUDA graphs).
 """
 
 import argparse
 import functools
+import json
+import pathlib
 import re
 import time
 
 import jax
 import jax.numpy as jnp
+import matmul_report
 
 import pallas_kernels
 from pallas_kernels.scales import DoubleQuantScales
 from pallas_kernels.stacked import take_layer
 
 DIM, HIDDEN, HEADS, VOCAB, CONTEXT, BLOCK = 4096, 11008, 32, 32000, 512, 64
+# Compiled programs replay CUDA graphs that XLA captures of them.
+GRAPH = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL",
+    "xla_gpu_graph_min_graph_size": 1,
+}
 SHAPES = {
     "q": (DIM, DIM),
     "k": (DIM, DIM),
@@ -105,6 +115,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--unrolled", action="store_true")
     parser.add_argument("--double", action="store_true")
+    parser.add_argument("--graph", action="store_true")
+    parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     key = jax.random.key(0)
 
@@ -134,7 +146,8 @@ def main() -> None:
     tokens = jnp.zeros(args.batch, jnp.int32)
 
     run = functools.partial(generate, count=args.tokens, layers=args.layers, unrolled=args.unrolled)
-    compiled = jax.jit(run).lower(params, cache, tokens, codebook).compile()
+    lowered = jax.jit(run).lower(params, cache, tokens, codebook)
+    compiled = lowered.compile(compiler_options=GRAPH if args.graph else {})
     copies = re.findall(r"= u8\[[^ ]* (?:copy|dynamic-slice|fusion)\(", compiled.as_text())
     jax.block_until_ready(compiled(params, cache, tokens, codebook))
     times = []
@@ -143,12 +156,16 @@ def main() -> None:
         out, _ = jax.block_until_ready(compiled(params, cache, tokens, codebook))
         times.append(time.perf_counter() - start)
     seconds = sorted(times)[2] / args.tokens
-    form = "unrolled" if args.unrolled else "stacked"
-    print(
-        f"{form} batch {args.batch} double {args.double} layers {args.layers}: "
-        f"{seconds * 1e3:.3f} ms a token, {args.batch / seconds:.0f} tokens/s, "
-        f"{len(copies)} copies of packed weights"
-    )
+    names = ("batch", "layers", "unrolled", "double", "graph")
+    settings = {name: getattr(args, name) for name in names}
+    figures = {
+        "ms_a_token": round(seconds * 1e3, 3),
+        "tokens_a_second": round(args.batch / seconds, 1),
+        "packed_copies": len(copies),
+    }
+    print(json.dumps(settings | figures), flush=True)
+    if args.out:
+        matmul_report.put(args.out, "decode_step", settings, figures)
 
 
 if __name__ == "__main__":

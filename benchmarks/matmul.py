@@ -1,174 +1,156 @@
-"""Time of x @ W.T with 4-bit W on a GPU, by implementation, against bfloat16 in the same process.
+"""Time of y = x W.T with 4-bit W on a GPU, by library, against torch bf16 in the same run.
 
-python benchmarks/matmul.py --out benchmarks/results/nvidia-h100.json
-    [--shapes 4096x14336,14336x4096,4096x4096] [--rows 1,8,16,32,64,128] [--double]
-    [--implementations mosaic_gpu,triton,xla]
+python benchmarks/matmul.py --out benchmarks/results/nvidia-h100.json --commit $(git rev-parse HEAD)
+    [--minutes 5] [--libraries qjax,"torch bf16"] [--shapes 4096x14336] [--rows 1,16]
 
-A shape is K x N. One jitted function multiplies by 8 distinct weights, so that the L2 cache does
-not hold them; its time is the median over runs of the sum of its kernels on the device (CUPTI),
-over 8. Everything compiles first, in threads. Each result is checked against the decoded weight in
-float32. Rows already in the file are replaced.
+Without --shapes and --rows the cells of `matmul_cells.wanted` are measured, the most wanted first,
+until the minutes are over. A library that cannot be imported is left out. PyTorch runs first, in
+a process of its own, while JAX's kernels compile in threads. Rows already in the file are replaced.
+
+Both sides' times are sums of device kernels by CUPTI's activity records, which the profilers of
+JAX (Mosaic GPU) and PyTorch (Kineto) both read; medians of 5 repetitions over weights, and
+activations, that no cache holds. Every result is checked against the weight in float32.
 """
 
 import argparse
 import dataclasses
-import functools
+import datetime
+import importlib.metadata
 import json
+import os
 import pathlib
-import statistics
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import tempfile
+import time
 
-import jax
-import jax.numpy as jnp
+import matmul_cells
+import matmul_report
+from matmul_cells import Cell
 
-import pallas_kernels
-from pallas_kernels.dequantize.reference import dequantize
-from pallas_kernels.scales import DoubleQuantScales
-
-COPIES, BLOCK, REPEATS = 8, 64, 7
-SHAPES = "4096x14336,14336x4096,4096x4096,4096x11008,11008x4096,8192x28672"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One cell of the table."""
-
-    k: int
-    n: int
-    m: int
-    implementation: str
-    double: bool = False
+TORCH_GRACE = 15  # seconds to finish what is under way
+SAVE_EVERY = 40  # cells
+METHOD = (
+    "us: sum of the device kernels of one product by CUPTI activity records (JAX by Mosaic GPU's "
+    "profiler, PyTorch by Kineto, in processes of their own), median of 5 repetitions over 8 "
+    "distinct weights in turn, or fewer of 140 MB together; up to 128 rows each has an x of its "
+    "own; reference_us: the same shape in the same run; error: relative, in the 2-norm, against "
+    "the decoded weight in float32; ran: the module of qjax that dispatch took"
+)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def random_weight(key: jax.Array, n: int, k: int, double: bool):
-    packed_key, scale_key, second_key = jax.random.split(key, 3)
-    packed = jax.random.bits(packed_key, (n, k // 2), jnp.uint8)
-    blocks = (n, k // BLOCK)
-    if not double:
-        return packed, jax.random.uniform(scale_key, blocks, jnp.float32, 0.02, 0.1)
-    codes = jax.random.bits(scale_key, blocks, jnp.uint8)
-    absmax = jax.random.uniform(second_key, (-(-n * k // BLOCK // 256),), jnp.float32, 0.01, 0.04)
-    table = jnp.linspace(-1, 1, 256, dtype=jnp.float32)
-    return packed, DoubleQuantScales(codes, absmax, jnp.float32(0.06), table)
+def choose(args: argparse.Namespace) -> list[Cell]:
+    """The cells that the command asks for, each with its reference."""
+    libraries = args.libraries.split(",") if args.libraries else matmul_cells.LIBRARIES
+    cells = matmul_cells.wanted()
+    if args.shapes:
+        cells = [
+            Cell(library, *map(int, shape.split("x")), int(m))
+            for shape in args.shapes.split(",")
+            for m in args.rows.split(",")
+            for library in libraries
+        ]
+    elif args.rows:
+        cells = [cell for cell in cells if str(cell.m) in args.rows.split(",")]
+    cells = [cell for cell in cells if cell.library in libraries]
+    return list(dict.fromkeys(c for cell in cells for c in (cell.reference, cell)))
 
 
-@functools.cache
-def weights(n: int, k: int, double: bool):
-    return [random_weight(jax.random.key(i), n, k, double) for i in range(COPIES)]
+def start_torch(cells: list[Cell], folder: pathlib.Path, deadline: float):
+    """Start the PyTorch side, which writes `torch.jsonl` into the folder."""
+    (folder / "cells.json").write_text(json.dumps([dataclasses.asdict(cell) for cell in cells]))
+    script = pathlib.Path(__file__).with_name("matmul_torch.py")
+    files = folder / "cells.json", folder / "torch.jsonl"
+    return subprocess.Popen([sys.executable, script, *files, str(deadline)])
 
 
-@functools.cache
-def dense_weights(n: int, k: int):
-    keys = jax.random.split(jax.random.key(0), COPIES)
-    return [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
+def torch_rows(out: pathlib.Path) -> tuple[dict, list[dict]]:
+    """(versions, rows) that the PyTorch side wrote."""
+    lines = out.read_text().splitlines() if out.exists() else []
+    head, *rows = [json.loads(line) for line in lines] or [{}]
+    return head.get("versions", {}), rows
 
 
-def codebook() -> jax.Array:
-    return jnp.linspace(-1, 1, 16, dtype=jnp.float32)
-
-
-def inputs(m: int, k: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(3), (m, k), jnp.bfloat16)
-
-
-def arguments(case: Case):
-    dense = case.implementation == "bf16"
-    w = dense_weights(case.n, case.k) if dense else weights(case.n, case.k, case.double)
-    return inputs(case.m, case.k), w, codebook()
-
-
-def compile_case(case: Case):
-    """The compiled function of a case, or why there is none."""
-
-    def dense(x, ws, _):
-        contract = (((1,), (1,)), ((), ()))
-        dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-        return [dot(x, w, contract).astype(x.dtype) for w in ws]
-
-    def quantized(x, ws, codes):
-        multiply = functools.partial(
-            pallas_kernels.matmul, block_size=BLOCK, implementation=case.implementation
-        )
-        return [multiply(x, packed, scales, codes) for packed, scales in ws]
-
-    function = dense if case.implementation == "bf16" else quantized
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments(case))
-    try:
-        return jax.jit(function).lower(*shapes).compile()
-    except NotImplementedError as error:
-        return str(error)
-
-
-def device_time(compiled, arrays) -> float:
-    """Microseconds of one product."""
-    from jax.experimental.mosaic.gpu import profiler  # only where there is a GPU
-
-    jax.block_until_ready(compiled(*arrays))
-    measure = profiler.Cupti(finalize=False).measure
-    _, runs = measure(compiled, aggregate=False, iterations=REPEATS)(*arrays)
-    return statistics.median(sum(ms for _, ms in run) for run in runs) * 1e3 / COPIES
-
-
-def relative_error(compiled, arrays) -> float:
-    """||y - reference|| / ||reference|| of the last weight."""
-    x, ws, codes = arrays
-    packed, scales = ws[-1]
-    w = jax.jit(functools.partial(dequantize, block_size=BLOCK))(packed, scales, codes)
-    want = jnp.dot(x.astype(jnp.float32), w.T, precision="highest")
-    y = compiled(*arrays)[-1].astype(jnp.float32)
-    return float(jnp.linalg.norm(y - want) / jnp.linalg.norm(want))
-
-
-def run(cases: list[Case]) -> list[dict]:
-    """Measure the cases; those of one shape and M are compared with its bfloat16 time."""
-    dense = sorted({Case(c.k, c.n, c.m, "bf16") for c in cases}, key=dataclasses.astuple)
-    with ThreadPoolExecutor(12) as pool:
-        compiled = dict(zip([*dense, *cases], pool.map(compile_case, [*dense, *cases])))
-    base = {}
-    for case in dense:
-        base[case.k, case.n, case.m] = device_time(compiled[case], arguments(case))
-    dense_weights.cache_clear()
+def jax_rows(bench, cells: list[Cell]) -> list[dict]:
+    """The measured cells of the JAX side."""
+    found = []
+    for cell, us, error in bench.run(cells):
+        found.append((cell, us, error))
+        print(f"{cell} {us:.2f} us", flush=True)
     rows = []
-    for case in cases:
-        row, bf16 = dataclasses.asdict(case), base[case.k, case.n, case.m]
-        if isinstance(compiled[case], str):
-            rows.append(row | {"refused": compiled[case]})
-            continue
-        us, error = (f(compiled[case], arguments(case)) for f in (device_time, relative_error))
-        row |= {"us": round(us, 2), "bf16_us": round(bf16, 2), "ratio": round(bf16 / us, 2)}
-        rows.append(row | {"error": float(f"{error:.2g}")})
-        print(json.dumps(rows[-1]), flush=True)
+    for cell, us, error in found:
+        row = dataclasses.asdict(cell) | {"us": us, "error": error.result()}
+        rows.append(row | {"ran": bench.what_runs(cell)})
     return rows
 
 
-def merge(path: pathlib.Path, rows: list[dict]) -> None:
-    """Write the rows into a results file, in place of those of the same cells."""
-    fields = [field.name for field in dataclasses.fields(Case)]
-    report = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    new = {tuple(row[f] for f in fields) for row in rows}
-    kept = [row for row in report["rows"] if tuple(row[f] for f in fields) not in new]
-    device = jax.devices()[0]
-    report |= {"device": device.device_kind, "jax": jax.__version__}
-    report["rows"] = sorted(kept + rows, key=lambda row: [row[f] for f in fields])
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def machine(versions: dict[str, str], commit: str) -> dict:
+    """What the numbers were taken on and with."""
+    import jax
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        driver = "none"
+    return {
+        "device": jax.devices()[0].device_kind,
+        "driver": driver,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit,
+        "what": "all libraries in one run, device kernels of both sides",
+        "method": METHOD,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+        | versions,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128")
-    parser.add_argument("--implementations", default="mosaic_gpu,triton,xla")
-    parser.add_argument("--double", action="store_true")
+    parser.add_argument("--commit", required=True)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--libraries", default="")
+    parser.add_argument("--shapes", default="")
+    parser.add_argument("--rows", default="")
     args = parser.parse_args()
-    cases = [
-        Case(*map(int, shape.split("x")), int(m), implementation, args.double)
-        for shape in args.shapes.split(",")
-        for m in args.rows.split(",")
-        for implementation in args.implementations.split(",")
-    ]
-    merge(args.out, run(cases))
+    if args.shapes and not args.rows:
+        parser.error("--shapes needs --rows")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
+    start = time.time()
+    cells = choose(args)
+    with tempfile.TemporaryDirectory() as folder:
+        there = [cell for cell in cells if cell.library in matmul_cells.TORCH]
+        # By library, which makes few profiles; the ones that compile kernels last.
+        there.sort(key=lambda cell: matmul_cells.TORCH.index(cell.library))
+        torch_deadline, deadline = (start + part * args.minutes for part in (30, 60))
+        torch = start_torch(there, pathlib.Path(folder), torch_deadline)
+        import matmul_jax  # after the other process has started
+
+        bench = matmul_jax.Bench(deadline)
+        here = [cell for cell in cells if cell.library in matmul_cells.JAX]
+        # XLA tries its own products on the GPU while it compiles: those wait for the others.
+        ran = {cell: bench.what_runs(cell) for cell in here}
+        dots = [cell for cell in here if ran[cell] in ("decoded", "xla", "dot")]
+        kernels = [cell for cell in here if ran[cell] and cell not in dots]
+        bench.compile(kernels)
+        try:
+            torch.wait(max(0, torch_deadline + TORCH_GRACE - time.time()))
+        except subprocess.TimeoutExpired:
+            torch.kill()
+        print(f"PyTorch is done after {time.time() - start:.0f} s", flush=True)
+        versions, rows = torch_rows(pathlib.Path(folder) / "torch.jsonl")
+    about = machine(versions, args.commit)
+    report = matmul_report.load(args.out)
+    matmul_report.add(report, rows, about)
+    matmul_report.save(report, args.out)
+    for part in (kernels, dots):
+        bench.compile(part)
+        for first in range(0, len(part), SAVE_EVERY):
+            rows = jax_rows(bench, part[first : first + SAVE_EVERY])
+            matmul_report.add(report, rows, about)
+            matmul_report.save(report, args.out)
+            print(f"{len(rows)} cells after {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ backend module holds a function with the op's name and `unsupported`, which take
 arguments and returns why they cannot run, or None. It may have `slower`, alike: why a later backend
 is the better choice for them, which counts only while none is named. Shapes and dtypes alone are
 looked at, so the choice is made while tracing, and `jax.ShapeDtypeStruct`s will do to ask about it.
+What `qjax tune` measured on this machine goes before that order.
 """
 
 import functools
@@ -14,6 +15,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from pallas_kernels import user_tiles
+from pallas_kernels.scales import DoubleQuantScales
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "triton")
 HOPPER = (9, 0)
@@ -26,6 +31,11 @@ class Backend(NamedTuple):
     implementation: str
     module: str
     summary: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the module's name, unique among an op's backends."""
+        return self.module.rsplit(".", 1)[1]
 
 
 _FUSED = Backend("mosaic_gpu", "pallas_kernels.matmul.mosaic_gpu", "Hopper kernels for few rows")
@@ -62,11 +72,12 @@ class Target(NamedTuple):
 
 
 class Resolution(NamedTuple):
-    """The backend chosen, and why each faster one was not."""
+    """The backend chosen, why each faster one was not, and the choice if it was measured here."""
 
     backend: Backend
     target: Target
     rejected: tuple[tuple[Backend, str], ...]
+    measured: user_tiles.Choice | None = None
 
     @property
     def implementation(self) -> str:
@@ -75,6 +86,9 @@ class Resolution(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"{self.implementation}: {self.backend.summary}, on {self.target.kind}"]
+        if self.measured:
+            tiles = f" with {self.measured.tiles}" if self.measured.tiles else ""
+            lines.append(f"the fastest measured by `qjax tune`{tiles}: {self.measured.us} us")
         lines += [f"not {b.implementation} ({b.summary}): {why}" for b, why in self.rejected]
         return "\n".join(lines)
 
@@ -108,12 +122,34 @@ def _unsupported_device(implementation: str, where: Target) -> str | None:
     return None
 
 
-def _unsupported(backend: Backend, automatic: bool, args: tuple, options: dict) -> str | None:
+def _unsupported(backend: Backend, where: Target, args: tuple, options: dict) -> str | None:
+    """Why the backend cannot run these arguments, or None."""
+    why = _unsupported_device(backend.implementation, where)
+    return why or importlib.import_module(backend.module).unsupported(*args, **options)
+
+
+def _slower(backend: Backend, args: tuple, options: dict) -> str | None:
+    """Why a later backend is the better choice, or None."""
     module = importlib.import_module(backend.module)
-    why = module.unsupported(*args, **options)
-    if why is None and automatic and hasattr(module, "slower"):
-        return module.slower(*args, **options)
-    return why
+    return module.slower(*args, **options) if hasattr(module, "slower") else None
+
+
+def _measured(op: str, where: Target, args: tuple, options: dict) -> user_tiles.Choice | None:
+    """What `qjax tune` found for a matmul on this device, or None."""
+    if op != "matmul" or not where.is_cuda:
+        return None
+    x, packed, scales, *_ = args
+    n, half = packed.shape[-2:]
+    key = user_tiles.Key(
+        m=x.shape[0],
+        n=n,
+        k=2 * half,
+        block_size=options["block_size"],
+        dtype=jnp.dtype(x.dtype).name,
+        double=isinstance(scales, DoubleQuantScales),
+        transpose=options.get("transpose", False),
+    )
+    return user_tiles.lookup(where.kind, key)
 
 
 def resolve(op: str, implementation: str | None, *args: Any, **options: Any) -> Resolution:
@@ -134,17 +170,34 @@ def resolve(op: str, implementation: str | None, *args: Any, **options: Any) -> 
         known = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation is {implementation!r}; it must be None or one of {known}")
     where = target()
+    backends = [b for b in _BACKENDS[op] if implementation in (None, b.implementation)]
+    if measured := _measured(op, where, args, options):
+        for backend in backends:
+            if backend.name == measured.backend and not _unsupported(backend, where, args, options):
+                return Resolution(backend, where, (), measured)
     rejected = []
-    for backend in _BACKENDS[op]:
-        if implementation is not None and backend.implementation != implementation:
-            continue
-        why = _unsupported_device(backend.implementation, where)
-        why = why or _unsupported(backend, implementation is None, args, options)
+    for backend in backends:
+        why = _unsupported(backend, where, args, options)
+        if why is None and implementation is None:
+            why = _slower(backend, args, options)
         if why is None:
             return Resolution(backend, where, tuple(rejected))
         rejected.append((backend, why))
     reasons = "; ".join(f"{b.summary}: {why}" for b, why in rejected) or "it has no such backend"
     raise NotImplementedError(f"{op} cannot run with implementation={implementation!r}: {reasons}")
+
+
+def runnable(op: str, *args: Any, **options: Any) -> list[str]:
+    """The names of the backends that can run these arguments here, fast or not."""
+    where = target()
+    return [b.name for b in _BACKENDS[op] if _unsupported(b, where, args, options) is None]
+
+
+def bound(op: str, name: str, **options: Any) -> Callable:
+    """The function of the backend with this name; `config` is passed on unless it is None."""
+    [backend] = [b for b in _BACKENDS[op] if b.name == name]
+    options = {option: v for option, v in options.items() if option != "config" or v is not None}
+    return functools.partial(getattr(importlib.import_module(backend.module), op), **options)
 
 
 def explain(op: str, *args: Any, implementation: str | None = None, **options: Any) -> str:
@@ -168,19 +221,17 @@ def run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
     another platform (an array committed to the CPU of a GPU host, say) with XLA.
     """
     choice = resolve(op, implementation, *args, **options)
-    chosen = _bind(op, choice.backend, args, options)
+    config = choice.measured and choice.measured.tiles
+    chosen = functools.partial(bound(op, choice.backend.name, config=config, **options), *args)
     if implementation is not None:
         return chosen()
     fallback = _BACKENDS[op][-1]
     if choice.backend != fallback:
-        return jax.lax.platform_dependent(cuda=chosen, default=_bind(op, fallback, args, options))
+        default = functools.partial(bound(op, fallback.name, **options), *args)
+        return jax.lax.platform_dependent(cuda=chosen, default=default)
     if choice.target.is_cuda and choice.rejected:
         _warn_once(f"{op} runs without a kernel. {choice}")
     return chosen()
-
-
-def _bind(op: str, backend: Backend, args: tuple, options: dict[str, Any]) -> Callable[[], Any]:
-    return functools.partial(getattr(importlib.import_module(backend.module), op), *args, **options)
 
 
 @functools.cache

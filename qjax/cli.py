@@ -2,6 +2,7 @@
 
 import typer
 
+from qjax import tune
 from qjax.commands.demo import demo
 from qjax.commands.finetune import finetune
 from qjax.commands.generate import generate
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 for _command in (demo, quantize, inspect, generate, finetune):
     app.command()(_command)
+app.command("tune")(tune.command)
 
 if __name__ == "__main__":
     app()

@@ -35,6 +35,7 @@ LAYERS = {
     "qjax.finetune": FLAX | {"optax", "matplotlib"},
     "qjax.demo": FLAX | {"optax", "matplotlib"},
     "qjax.commands": FLAX | {"typer"},
+    "qjax.tune": FLAX | {"typer"},
     "qjax.cli": FLAX | {"typer"},
 }
 RANKS = {layer: rank for rank, layer in enumerate(LAYERS)}

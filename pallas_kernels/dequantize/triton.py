@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_scales import layer_index, operands
 
 TILE = 2048  # bytes a program; 1024 to 4096 are within 2 % of each other on an H100
-NUM_WARPS = 4
 MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 
 
@@ -23,11 +23,10 @@ def dequantize(packed, scales, codebook, *, block_size, dtype, layer=None, inter
     """See `pallas_kernels.dequantize`. `interpret` runs the kernel's jnp on any device."""
     rows, half = packed.shape[-2:]
     spec, arrays = operands(scales, 2 * half // block_size, layer is not None, interpret)
-    out = pl.pallas_call(
+    out = triton_call(
         functools.partial(_kernel, size=rows * half, half_block=block_size // 2, spec=spec),
-        grid=(pl.cdiv(rows * half, TILE),),
+        grid=pl.cdiv(rows * half, TILE),
         out_shape=jax.ShapeDtypeStruct((2 * rows * half,), dtype),
-        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name="dequantize_4bit_triton",
     )(layer_index(layer), packed.reshape(-1, rows * half), codebook, *arrays)

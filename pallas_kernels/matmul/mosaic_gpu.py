@@ -1,6 +1,6 @@
 """x @ dequantize(W).T on Hopper for M <= 128: the regimes of the Mosaic GPU kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -93,10 +93,19 @@ def build(
 
 def choose(problem: Problem, kind: str, sms: int) -> DecodeTiles | MidTiles:
     """The measured tiles of a device kind, or the estimated best; they fit in shared memory."""
+    return next(_choices(problem, kind, sms))
+
+
+def candidates(problem: Problem) -> list[DecodeTiles | MidTiles]:
+    """All tiles that fit in shared memory, the likely best first."""
+    return list(dict.fromkeys(_choices(problem, mosaic.device_kind(), mosaic.multiprocessors())))
+
+
+def _choices(problem: Problem, kind: str, sms: int) -> Iterator[DecodeTiles | MidTiles]:
     shape = problem.m, problem.n, problem.k
-    candidates = decode_candidates if problem.m <= DECODE_ROWS else mid_candidates
-    tiles = [tuned.lookup(kind, *shape), *candidates(*shape, problem.block_size, sms)]
-    return next(t for t in tiles if t is not None and _fits(problem, t, sms))
+    estimated = decode_candidates if problem.m <= DECODE_ROWS else mid_candidates
+    tiles = [tuned.lookup(kind, *shape), *estimated(*shape, problem.block_size, sms)]
+    return (t for t in tiles if t is not None and _fits(problem, t, sms))
 
 
 def _fits(problem: Problem, tiles: DecodeTiles | MidTiles, sms: int) -> bool:

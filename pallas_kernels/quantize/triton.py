@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.quantize.reference import SMALLEST_SCALE, decision_bounds
+from pallas_kernels.triton_call import triton_call
 
 TILE = 4096  # weights a program
-NUM_WARPS = 4
 MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 _BINS_PER_UNIT = tuple(2**i for i in range(3, 12))
 _INFINITY = 0x7F800000  # its bits; those of NaN are larger
@@ -31,14 +31,13 @@ def quantize(w, codebook, *, block_size, interpret=False):
     blocks = w.size // block_size
     rows = max(1, TILE // block_size)
     bins = bin_table(codebook)
-    packed, absmax = pl.pallas_call(
+    packed, absmax = triton_call(
         functools.partial(_kernel, bins=bins.per_unit, top=bins.top, interpret=interpret),
-        grid=(pl.cdiv(blocks, rows),),
+        grid=pl.cdiv(blocks, rows),
         out_shape=(
             jax.ShapeDtypeStruct((blocks, block_size // 2), jnp.uint8),
             jax.ShapeDtypeStruct((blocks,), jnp.float32),
         ),
-        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
         interpret=interpret,
         name="quantize_4bit_triton",
     )(w.reshape(blocks, block_size), bins.bound, bins.code)

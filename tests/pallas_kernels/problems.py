@@ -36,8 +36,8 @@ def weight(n, k, block, *, double=False, layers=None, seed=0):
     return packed, scales
 
 
-def decoded(packed, scales, block, layer=None):
-    """The weight [N, K] in float64, by numpy alone; codes of NF4."""
+def decoded(packed, scales, block, layer=None, codebook=NF4):
+    """The weight [N, K] in float64, by numpy alone."""
     packed = np.asarray(packed if layer is None else packed[layer])
     codes = np.stack([packed >> 4, packed & 15], -1).reshape(packed.shape[0], -1)
     if isinstance(scales, DoubleQuantScales):
@@ -47,7 +47,7 @@ def decoded(packed, scales, block, layer=None):
         scale = (np.asarray(scales.table)[eight] * spread + offset).astype(np.float64)
     else:
         scale = np.asarray(scales if layer is None else scales[layer]).astype(np.float64)
-    return NF4.astype(np.float64)[codes] * np.repeat(scale, block, axis=1)
+    return codebook.astype(np.float64)[codes] * np.repeat(scale, block, axis=1)
 
 
 def lower(function, *arguments, **options) -> str:

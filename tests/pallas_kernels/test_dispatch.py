@@ -1,5 +1,6 @@
 """Which implementation runs, what it says about itself, and what it refuses."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.scales import DoubleQuantScales
 
 N, K, BLOCK = 8, 64, 32
@@ -118,3 +120,66 @@ def test_misuse_is_named(weight, change, error, message):
     )
     with pytest.raises(error, match=message):
         pallas_kernels.matmul(**(arguments | change))
+
+
+def on(kind):
+    """As if traced for a GPU of this kind."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=100, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def shapes(m, n, k, block, dtype, transpose):
+    shape = jax.ShapeDtypeStruct
+    x = shape((m, n if transpose else k), dtype)
+    scales = shape((n, k // block), jnp.float32)
+    return x, shape((n, k // 2), jnp.uint8), scales, shape((16,), jnp.float32)
+
+
+# Each refuses some kernel: rows, width, length, block size, dtype, direction.
+CALLS = list(
+    itertools.product(
+        (1, 3, 40, 300, 8192),
+        (515, 4096),
+        (192, 4608),
+        (32, 48),
+        ("bfloat16", "float32"),
+        (False, True),
+    )
+)
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"])
+def test_every_backend_passed_over_says_why_with_the_value(kind):
+    backends = dispatch._BACKENDS["matmul"]
+    with on(kind):
+        for *sizes, block, dtype, transpose in CALLS:
+            args = shapes(*sizes, block, dtype, transpose)
+            options = {"block_size": block, "transpose": transpose}
+            choice = dispatch.resolve("matmul", None, *args, **options)
+            ahead = backends[: backends.index(choice.backend)]
+            assert tuple(backend for backend, _ in choice.rejected) == ahead
+            values = {*map(str, sizes), str(block), dtype, "transpose=True", kind}
+            for _, why in choice.rejected:
+                assert any(value in why for value in values), why
+                assert why in pallas_kernels.explain("matmul", *args, **options)
+
+
+def test_a_named_implementation_that_refuses_gives_all_its_reasons():
+    args = shapes(300, 515, 4608, 48, "float32", False)
+    expected = (
+        "matmul cannot run with implementation='mosaic_gpu': Hopper kernels for few rows: x is "
+        "float32; the kernel multiplies in bfloat16 or float16; Hopper kernel for many rows: x is "
+        "float32; the kernel multiplies bfloat16 and float16"
+    )
+    with on("NVIDIA H100 80GB HBM3"), pytest.raises(NotImplementedError) as caught:
+        dispatch.resolve("matmul", "mosaic_gpu", *args, block_size=48)
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("op", ["quantize", "dequantize"])
+def test_an_op_without_the_named_implementation_says_so(op):
+    with pytest.raises(NotImplementedError, match="mosaic_gpu': it has no such backend"):
+        dispatch.resolve(op, "mosaic_gpu")
+    with pytest.raises(ValueError, match="op is 'conv', and the ops are"):
+        dispatch.resolve("conv", None)

@@ -15,9 +15,6 @@ from pallas_kernels.quantize.reference import decision_bounds
 from pallas_kernels.quantize.reference import quantize as quantize_reference
 from tests.pallas_kernels.problems import NF4, decoded, lower, weight
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-)
 # FP4 by bitsandbytes' values: not sorted, and two of them equal.
 FP4 = np.array([0, 0.0052, 0.6667, 1, 0.3333, 0.5, 0.1667, 0.25], np.float32)
 FP4 = np.concatenate([FP4, -FP4]) + np.float32(0)

@@ -1,0 +1,23 @@
+"""How the Triton kernels are called: the one place that knows of the backend's deprecation."""
+
+import warnings
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+NUM_WARPS = 4
+
+
+def triton_call(kernel, *, grid: int, out_shape, interpret: bool, name: str):
+    """A kernel over a grid of programs, by Pallas-Triton; `interpret` runs its jnp anywhere."""
+    # JAX says so each time a kernel is lowered. Users can do nothing about it: `dispatch` is where
+    # another backend would take over.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    return pl.pallas_call(
+        kernel,
+        grid=(grid,),
+        out_shape=out_shape,
+        compiler_params=plt.CompilerParams(num_warps=NUM_WARPS, num_stages=1),
+        interpret=interpret,
+        name=name,
+    )
