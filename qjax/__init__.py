@@ -10,6 +10,9 @@ from qjax.hf.peft import load_adapter as load_adapter
 from qjax.hf.peft import save_adapter as save_adapter
 from qjax.hf.pretrained import from_pretrained as from_pretrained
 from qjax.hf.tokenizer import load_tokenizer as load_tokenizer
+from qjax.models.fuse import fuse_projections as fuse_projections
+from qjax.models.fuse import split_projections as split_projections
+from qjax.models.loss import cross_entropy as cross_entropy
 from qjax.nn.linen import QuantDense as QuantDense
 from qjax.nn.lora import LoraConfig as LoraConfig
 from qjax.ops.matmul import einsum as einsum

@@ -88,11 +88,17 @@ def _grid_codes() -> np.ndarray:
     return np.searchsorted(bounds, points).astype(np.uint8)
 
 
-def kernel_scales(scales: jax.Array | DoubleQuant) -> jax.Array | DoubleQuantScales:
-    """Return the scales [*rows, blocks] of one slice as the kernels take them: [N, blocks]."""
+def kernel_scales(
+    scales: jax.Array | DoubleQuant, batch_ndim: int = 0
+) -> jax.Array | DoubleQuantScales:
+    """Return scales [*batch, *rows, blocks] as the kernels take them: [*batch, N, blocks]."""
+
+    def merge_rows(a):
+        return a.reshape(*a.shape[:batch_ndim], -1, a.shape[-1])
+
     if not isinstance(scales, DoubleQuant):
-        return scales.reshape(-1, scales.shape[-1])
-    codes = scales.codes.reshape(-1, scales.codes.shape[-1])
+        return merge_rows(scales)
+    codes = merge_rows(scales.codes)
     return DoubleQuantScales(codes, scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
 
 

@@ -37,6 +37,7 @@ def causal_contexts(
     positions: jax.Array | None,
     cache: KVCache | None,
     relative: Callable[[jax.Array], jax.Array] | None = None,
+    segment_ids: jax.Array | None = None,
 ) -> tuple[Mapping[str, Context], KVCache | None]:
     """Return a `Context` for each kind of layer, and the cache with `valid` moved.
 
@@ -47,6 +48,8 @@ def causal_contexts(
         cache: None, or the cache whose next T slots these tokens take.
         relative: makes the bias of all layers from the distances int32 [B or 1, T, slots] of each
             query behind each key, in real tokens.
+        segment_ids: int32 [B, T], the text that each token of a packed row belongs to; without a
+            cache only.
     """
     real, start, cache = _real_slots(length, attention_mask, cache)
     bias, contexts = None, {}
@@ -54,18 +57,34 @@ def causal_contexts(
         bias = alibi(config.num_attention_heads, _order(real))
     if relative is not None:
         bias = relative(_distance(real, length, start))
-    plain = cache is None and attention_mask is None and SLIDING not in config.kinds
-    causal = None if plain else _causal(real, length, start)
+    masks = cache, attention_mask, segment_ids
+    plain = all(m is None for m in masks) and SLIDING not in config.kinds
+    full = _causal(real, length, start)
+    if segment_ids is not None:
+        full &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     for kind in set(config.kinds):
-        mask, rope = causal, config.rope
+        mask, rope = None if plain else full, config.rope
         if kind == SLIDING:
             near = _distance(real, length, start) < (config.sliding_window or 0)
-            mask, rope = _causal(real, length, start) & near[:, None], config.sliding_rope or rope
+            mask, rope = full & near[:, None], config.sliding_rope or rope
         angles = None
         if config.positions == "rope" and positions is not None:
             angles = rotation(rope, config.head_dim, positions)
         contexts[kind] = Context(mask, bias, angles)
     return contexts, cache
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Return each token's place in its text, int32 [B, T], from the texts' ids of packed rows.
+
+    Example:
+        >>> segment_positions(jnp.array([[1, 1, 1, 2, 2]]))
+        Array([[0, 1, 2, 0, 1]], dtype=int32)
+    """
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    starts = jnp.where((segment_ids != before) & (index > 0), index, 0)
+    return index - jax.lax.cummax(starts, axis=1)
 
 
 def encoder_contexts(

@@ -15,11 +15,12 @@ from flax import nnx
 
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
+from qjax.core.qslice import QSlice, taken
 from qjax.core.qtensor import QTensor
 from qjax.nn.lora import LoraConfig, init_adapter
 from qjax.nn.nnx_param import QuantParam, quant_metadata
 from qjax.ops import trace
-from qjax.ops.lora import lora_weight
+from qjax.ops.lora import block_diagonal, lora_weight
 
 DEFAULT = QuantConfig()
 
@@ -50,6 +51,8 @@ class LoraLayer(nnx.Module):
         lora_config: the adapter's `LoraConfig`, None without an adapter.
         lora_a, lora_b: `nnx.LoRAParam`; A is [*batch, *contract, rank], B is [*batch, rank, *out].
         lora_dropout: `nnx.Dropout` on the adapter's input, None for no dropout.
+        sections: of a layer that stands for several with one input, their output features; each
+            has its own adapter: A is [..., sections * rank], and B is theirs side by side.
     """
 
     float_class: type
@@ -59,6 +62,7 @@ class LoraLayer(nnx.Module):
     lora_a: Any = None
     lora_b: Any = None
     lora_dropout: Any = None
+    sections: Any = None
 
     def weight_axes(self) -> WeightAxes:
         """How this layer uses its weight, from its own arguments."""
@@ -75,9 +79,12 @@ class LoraLayer(nnx.Module):
         axes, weight = self.weight_axes(), getattr(self, self.weight_name)
         stack = tuple(weight.shape[: len(weight.shape) - len(axes.shape)])
         batch = stack + axes.shape[: axes.batch_ndim]
-        a, b = init_adapter(
-            rngs.params(), axes.contract_shape, axes.out_shape, config, batch, dtype
-        )
+        outputs = [(n,) for n in self.sections] if self.sections else [axes.out_shape]
+        parts = [
+            init_adapter(rngs.params(), axes.contract_shape, out, config, batch, dtype)
+            for out in outputs
+        ]
+        a, b = (jnp.concatenate(factor, axis=-1) for factor in zip(*parts))
         self.lora_config = config
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
         if config.dropout:
@@ -99,14 +106,15 @@ class LoraLayer(nnx.Module):
         It is summed in float32 and rounded once to `dtype` (default: the weight's own).
         """
         variable = getattr(self, self.weight_name)
-        q = variable.get_raw_value()
+        q = taken(variable.get_raw_value())
         dtype = jnp.dtype(variable.dtype if dtype is None else dtype)
         if self.lora_a is None:
             return q.dequantize(dtype) if isinstance(q, QTensor) else q.astype(dtype)
         w = q.dequantize(jnp.float32) if isinstance(q, QTensor) else q.astype(jnp.float32)
         axes = self.weight_axes()
         batch_ndim = w.ndim - len(axes.shape) + axes.batch_ndim
-        delta = lora_weight(self.lora_a[...], self.lora_b[...], axes.contract_axes, batch_ndim)
+        b = block_diagonal(self.lora_b[...], self.sections)
+        delta = lora_weight(self.lora_a[...], b, axes.contract_axes, batch_ndim)
         return (w + self.lora_config.scaling * delta).astype(dtype)
 
     def _adapter_dtype(self, y: jax.Array) -> Any:
@@ -119,8 +127,9 @@ class LoraLayer(nnx.Module):
         x = x.astype(self._adapter_dtype(y))
         if self.lora_dropout is not None:
             x = self.lora_dropout(x)
-        delta = product(x, self.lora_a[...], self.lora_b[...])
-        return y + (delta * self.lora_config.scaling).astype(y.dtype)
+        # B is scaled, not the product: it is small, and the sum can be one with the product.
+        delta = product(x, self.lora_a[...], self.lora_b[...] * self.lora_config.scaling)
+        return y + delta.astype(y.dtype)
 
 
 class QuantLayer(LoraLayer):
@@ -203,7 +212,7 @@ class QuantLayer(LoraLayer):
         return x, bias, self.preferred_element_type or weight.dtype
 
     @property
-    def _weight(self) -> QTensor:
+    def _weight(self) -> QTensor | QSlice:
         return getattr(self, self.weight_name).q
 
     def _multiply(self, op, *args: Any) -> jax.Array:

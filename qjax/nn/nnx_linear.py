@@ -1,5 +1,6 @@
 """nnx.Linear and nnx.LinearGeneral with adapters, and in 4 bits."""
 
+import functools
 import math
 
 import jax
@@ -24,7 +25,8 @@ class LoraLinear(LoraLayer, nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the layer to [..., in_features]."""
-        return self._adapt(self._base(inputs, out_sharding), inputs, lora_matmul)
+        product = functools.partial(lora_matmul, sections=self.sections)
+        return self._adapt(self._base(inputs, out_sharding), inputs, product)
 
     def _base(self, inputs, out_sharding):
         return nnx.Linear.__call__(self, inputs, out_sharding=out_sharding)
