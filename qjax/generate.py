@@ -27,6 +27,7 @@ class LanguageModel(Protocol):
     """What `generate` asks of a model."""
 
     config: Any
+    dtype: Any  # of the computation
 
     def init_cache(self, batch: int, slots: int) -> Any:
         """Return an empty key-value cache with an attribute `slots`."""
@@ -82,7 +83,8 @@ def generate(
     if max_new_tokens == 0:
         return ids
     model = nnx.view(model, deterministic=True, raise_if_not_found=False)  # dropout off
-    graphdef, state = nnx.split(model)
+    graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    state = nnx.merge_state(_cast(adapters, model.dtype), rest)
     padded, mask = _left_pad(ids, attention_mask)
     prompt = padded.shape[1]
     slots = _bucket(prompt + max_new_tokens)
@@ -191,6 +193,12 @@ def _decode(
     carry = (jnp.int32(1), first, tokens, done, cache)
     _, _, tokens, _, cache = jax.lax.while_loop(unfinished, advance, carry)
     return tokens, cache
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(adapters, dtype):
+    """Cast adapters once, as each product would."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), adapters)
 
 
 def _left_pad(ids: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -146,5 +146,3 @@ def _sections(layer: Any) -> tuple[int, ...]:
 def is_fused(module: nnx.Module) -> bool:
     """Whether a layer stands for several."""
     return getattr(module, "sections", None) is not None
-
-
