@@ -6,7 +6,7 @@ python benchmarks/finetune.py --out benchmarks/results/finetune.json
 
 Random NF4 weights with double quantization, rank-16 float32 adapters on all linear layers of the
 blocks, AdamW, bfloat16 activations, blocks recomputed in the backward pass. `--float` has bfloat16
-weights in place of NF4. `peer_transformers.py` runs the same on transformers, bitsandbytes and PEFT.
+weights in place of NF4; `peer_transformers.py` does the same by transformers and bitsandbytes.
 """
 
 import argparse

@@ -51,8 +51,11 @@ class Attention(nnx.Module):
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         if cache is not None:
-            cache, k, v = write(cache, layer, k, v)
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            cache, *whole = write(cache, layer, k, v)
+            if (
+                context.mask is not None and context.mask.shape[-1] != k.shape[1]
+            ):  # earlier ones too
+                k, v = (x.astype(q.dtype) for x in whole)
         sinks = self.sinks[...] if c.attention_sinks else None
         out = attend(q, k, v, context, c.attention_scale, c.attention_softcap, sinks)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache

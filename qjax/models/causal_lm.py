@@ -1,12 +1,14 @@
 """A decoder-only language model in NNX: embedding, blocks, final norm, output head."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from qjax.generate import as_tokens, generate
+from qjax.generate import as_tokens, generate, stream
 from qjax.models.base import Pretrained
 from qjax.models.block import Block
 from qjax.models.cache import KVCache, init_cache
@@ -173,6 +175,10 @@ class CausalLM(Pretrained):
     def generate(self, ids, attention_mask=None, **options) -> jax.Array:
         """Continue each row of `ids`; the options are those of `qjax.generate.generate`."""
         return generate(self, ids, attention_mask, **options)
+
+    def stream(self, ids, attention_mask=None, **options) -> Iterator[np.ndarray]:
+        """Yield the new tokens of `generate` as they come: see `qjax.generate.stream`."""
+        return stream(self, ids, attention_mask, **options)
 
     def _positions(self, ids, attention_mask, cache: KVCache | None) -> jax.Array:
         if self.config.positions_from_mask and attention_mask is not None:

@@ -21,6 +21,7 @@ class Context(NamedTuple):
 
     Attributes:
         mask: bool [B or 1, 1, T or 1, slots], True where a query sees a key; None: plain causal.
+            With a cache, slots are all of its own; where it was empty, those of this call alone.
         bias: float32 [B or 1, heads, T or 1, slots], added to the attention logits; or None.
         rope: cosines and sines as `rope.rotation` returns them; or None.
     """
@@ -51,14 +52,16 @@ def causal_contexts(
         segment_ids: int32 [B, T], the text that each token of a packed row belongs to; without a
             cache only.
     """
+    fresh = cache is not None and cache.is_fresh
     real, start, cache = _real_slots(length, attention_mask, cache)
     bias, contexts = None, {}
     if config.positions == "alibi":
         bias = alibi(config.num_attention_heads, _order(real))
     if relative is not None:
         bias = relative(_distance(real, length, start))
-    masks = cache, attention_mask, segment_ids
-    plain = all(m is None for m in masks) and SLIDING not in config.kinds
+    alone = cache is None or fresh
+    unmasked = attention_mask is None and segment_ids is None
+    plain = alone and unmasked and SLIDING not in config.kinds
     full = _causal(real, length, start)
     if segment_ids is not None:
         full &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -109,7 +112,8 @@ def _real_slots(length, attention_mask, cache):
     rows = cache.valid.shape[0]
     new = jnp.ones((rows, length), jnp.bool_) if attention_mask is None else attention_mask
     valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, cache.length, axis=1)
-    return valid, cache.length, cache._replace(valid=valid)
+    moved = cache._replace(valid=valid)
+    return (new, 0, moved) if cache.is_fresh else (valid, cache.length, moved)
 
 
 def _order(real: jax.Array) -> jax.Array:
