@@ -1,21 +1,22 @@
 """Generation with Llama shapes on one GPU: tokens/s, prefill, memory, energy, kernels of a step.
 
 python benchmarks/decode.py --out benchmarks/results/decode.json
-    [--shapes llama-2-7b] [--batch 1,32] [--adapters on,off] [--prompt 64] [--new 192]
-    [--prefill 2048] [--float] [--profile kernels.json]
+    [--cases llama-2-7b/nf4/off/1x64+192,llama-2-7b/bf16/off/1x2048+1] [--profile kernels.json]
 
-Random NF4 weights with double quantization; greedy; the rates count the whole call of `generate`,
-prefill included. `--prefill` times a prompt of so many tokens and one new token. `--float` has
-bfloat16 weights in place of NF4.
+A case is shape/weights/adapters/batch x prompt + new tokens. Random NF4 weights with double
+quantization, or bfloat16; greedy. A rate counts the whole call of `generate`, prefill included: new
+tokens a second, or tokens of the prompt where one new token is asked for.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 from flax import nnx
 
 from benchmarks.finetune import save
@@ -23,6 +24,12 @@ from benchmarks.gpu_meter import breakdown, kernels, metering, peak_gib
 from benchmarks.llm_models import random_model, shape, weight_bytes
 
 REPEATS = 3
+CASES = [
+    "llama-2-7b/nf4/off/1x64+192",
+    "llama-2-7b/nf4/on/1x64+192",
+    "llama-2-7b/nf4/off/32x64+192",
+]
+CASE = re.compile(r"(.*)/(nf4|bf16)/(on|off)/(\d+)x(\d+)\+(\d+)")
 
 
 def without_adapters(model):
@@ -34,95 +41,76 @@ def without_adapters(model):
     return model
 
 
-def prompt(model, batch: int, length: int) -> jax.Array:
-    """Return random ids."""
-    return jax.random.randint(jax.random.key(2), (batch, length), 0, model.config.vocab_size)
+class Case:
+    """A call of `generate`."""
 
+    def __init__(self, text: str, models: dict):
+        name, weights, self.adapters, *sizes = CASE.fullmatch(text).groups()
+        self.text, self.key = text, (name, weights)
+        self.batch, self.prompt, self.new = map(int, sizes)
+        if self.key not in models:
+            nf4 = weights == "nf4"
+            models[self.key] = random_model(shape(name), quantized=nf4, rank=16 if nf4 else None)
+        model = models[self.key]
+        self.model = model if self.adapters == "on" else without_adapters(model)
+        random = np.random.default_rng(0)
+        self.ids = random.integers(0, model.config.vocab_size, (self.batch, self.prompt))
 
-def seconds(call) -> list[float]:
-    """Return the times of some calls, the least first."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return sorted(times)
+    def __call__(self):
+        return jax.block_until_ready(self.model.generate(self.ids, max_new_tokens=self.new))
 
-
-def run(args, name: str) -> list[dict]:
-    """Measure one shape."""
-    model = random_model(shape(name), quantized=not args.float, rank=None if args.float else 16)
-    models = {"on": model, "off": without_adapters(model)}
-    held = weight_bytes(models["off"])
-    cases = [
-        (adapters, int(batch), args.prompt, args.new)
-        for adapters in args.adapters.split(",")
-        for batch in args.batch.split(",")
-    ]
-    if args.prefill:
-        cases.append((args.adapters.split(",")[-1], 1, args.prefill, 1))
-
-    def call(adapters, batch, length, new):
-        chosen = models[adapters]
-        return chosen.generate(prompt(chosen, batch, length), max_new_tokens=new)
-
-    def warm(case):
+    def warm(self) -> str | None:
+        """Compile; return why it could not be done."""
         try:
             start = time.perf_counter()
-            jax.block_until_ready(call(*case))
-            print(case, "compiled in", round(time.perf_counter() - start, 1), flush=True)
+            self()
+            print(self.text, "compiled in", round(time.perf_counter() - start, 1), flush=True)
         except Exception as error:  # the other cases still count
             return repr(error)[:2000]
         return None
 
-    with ThreadPoolExecutor(8) as pool:
-        errors = list(pool.map(warm, cases))
-    rows, profiles = [], {}
-    for case, error in zip(cases, errors):
-        adapters, batch, length, new = case
-        row: dict = {"shape": name, "weights": "bfloat16" if args.float else "nf4"}
-        row |= {"adapters": adapters, "batch": batch, "prompt": length, "new": new}
-        if error is None:
-            with metering() as meter:
-                times = seconds(lambda case=case: call(*case))
-            best = times[len(times) // 2]
-            rate = batch * (new if new > 1 else length) / best
-            row |= {
-                "seconds": [round(t, 4) for t in times],
-                "tokens_per_s": round(rate, 1),
-                "joules_per_token": meter.watts and round(meter.watts / rate, 4),
-                "weights_gib": round(held / 2**30, 2),
-                "peak_gib": peak_gib(),
-                "smi_peak_mib": meter.peak_mib,
-            }
-            if args.profile:
-                found = kernels(lambda case=case: call(*case))
-                row["parts_us"] = breakdown(found)
-                profiles[f"{adapters} batch {batch} prompt {length}"] = found
-        else:
-            row["error"] = error
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    if args.profile:
-        args.profile.write_text(json.dumps(profiles))
-    return rows
+    def measure(self, profiles: dict | None) -> dict:
+        """Time some calls, and profile one."""
+        times = []
+        with metering() as meter:
+            for _ in range(REPEATS):
+                start = time.perf_counter()
+                self()
+                times.append(time.perf_counter() - start)
+        seconds = sorted(times)[len(times) // 2]
+        rate = self.batch * (self.new if self.new > 1 else self.prompt) / seconds
+        row = {
+            "tokens_per_s": round(rate, 1),
+            "seconds": [round(t, 4) for t in times],
+            "joules_per_token": meter.watts and round(meter.watts / rate, 4),
+            "weights_gib": round(weight_bytes(self.model) / 2**30, 2),
+            "peak_gib": peak_gib(),
+            "smi_peak_mib": meter.peak_mib,
+        }
+        if profiles is not None:
+            profiles[self.text] = kernels(self)
+            row["parts_us"] = breakdown(profiles[self.text])
+        return row
 
 
 def main() -> None:
-    """Run the shapes that the command line names."""
+    """Run the cases that the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--shapes", default="llama-2-7b")
-    parser.add_argument("--batch", default="1,32")
-    parser.add_argument("--adapters", default="on,off")
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=192)
-    parser.add_argument("--prefill", type=int, default=0)
-    parser.add_argument("--float", action="store_true")
+    parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--profile", type=pathlib.Path)
     args = parser.parse_args()
-    for name in args.shapes.split(","):
-        save(args.out, run(args, name))
+    models: dict = {}
+    cases = [Case(text, models) for text in args.cases.split(",")]
+    with ThreadPoolExecutor(12) as pool:
+        errors = list(pool.map(Case.warm, cases))
+    profiles: dict | None = {} if args.profile else None
+    for case, error in zip(cases, errors):
+        row = {"case": case.text} | ({"error": error} if error else case.measure(profiles))
+        print(json.dumps(row), flush=True)
+        save(args.out, [row])
+    if profiles is not None:
+        args.profile.write_text(json.dumps(profiles))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ def shape(name: str, **changes) -> ModelConfig:
     return dataclasses.replace(SHAPES[name], scan_layers=True, remat=True, **changes)
 
 
-def random_model(
+def abstract_model(
     config: ModelConfig, *, quantized: bool = True, rank: int | None = 16, fused: bool = True
 ) -> CausalLM:
-    """Return a model of random weights: NF4 with double quantization, or bfloat16.
+    """Return a model of shapes: NF4 with double quantization, or bfloat16.
 
     Args:
         config: its shape.
@@ -47,16 +47,19 @@ def random_model(
             qjax.add_lora(model, lora, rngs=nnx.Rngs(0))
         return model
 
-    abstract = nnx.eval_shape(build)
-    graphdef, state = nnx.split(abstract)
-    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 1000))
-    leaves = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        leaves.append(
-            fill(next(keys), jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        )
-    model = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
-    return jax.block_until_ready(model)
+    return nnx.eval_shape(build)
+
+
+def random_model(config: ModelConfig, **options) -> CausalLM:
+    """Return a model of random weights; the options are those of `abstract_model`."""
+    graphdef, state = nnx.split(abstract_model(config, **options))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(state)
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), len(paths))
+    leaves = [
+        fill(key, jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for key, (path, leaf) in zip(keys, paths)
+    ]
+    return jax.block_until_ready(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)))
 
 
 def fill(key: jax.Array, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:

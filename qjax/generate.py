@@ -22,6 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.experimental.layout import Format, Layout
+
+from pallas_kernels.dispatch import target
 
 _STOP_SLOTS = 8  # stop tokens are padded to a multiple of this
 
@@ -234,7 +237,6 @@ def _start(
     sampling, kind = _sampling(**options)
     if max_new_tokens == 0:
         return None
-    model = nnx.view(model, deterministic=True, raise_if_not_found=False)  # dropout off
     graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
     prompt = _bucket(ids.shape[1])
     slots = _bucket(prompt + max_new_tokens)
@@ -243,7 +245,7 @@ def _start(
     pad = ((0, 0), (prompt - ids.shape[1], 0))
     if attention_mask is not None:
         ids, attention_mask = jnp.pad(ids, pad), jnp.pad(attention_mask, pad)
-    params = (_cast(adapters, model.dtype), rest) if jax.tree.leaves(adapters) else (adapters, rest)
+    params = _cast(adapters, model.dtype), rest
     logits, lengths, cache = _prefill(graphdef, params, ids, attention_mask, slots)
     token, tokens, done = _first(logits, slots, sampling, **kind)
     state = _State(np.int32(1), token, tokens, done, lengths, cache)
@@ -253,7 +255,7 @@ def _start(
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _prefill(graphdef, params, ids, mask, slots: int):
     """Read the prompt; return the logits [B, vocab] after it, its length and the filled cache."""
-    model = nnx.merge(graphdef, *params)
+    model = _model(graphdef, params)
     batch, width = ids.shape
     cache = model.init_cache(batch, slots)
     if mask is None:
@@ -290,7 +292,7 @@ def _decode(graphdef, params, state: _State, until, sampling: _Sampling, *, gree
     def advance(state):
         # A row that has ended goes on writing slots that nobody reads.
         positions = (state.lengths + state.step - 1)[:, None]
-        model = nnx.merge(graphdef, *params)
+        model = _model(graphdef, params)
         hidden, cache = model.hidden(state.token[:, None], positions=positions, cache=state.cache)
         logits = model.logits(hidden[:, 0])
         token, done = _choose(sampling, greedy, top_k, logits, state.done, state.step)
@@ -300,6 +302,12 @@ def _decode(graphdef, params, state: _State, until, sampling: _Sampling, *, gree
         return _State(state.step + 1, token, tokens, done, state.lengths, cache)
 
     return jax.lax.while_loop(unfinished, advance, state)
+
+
+def _model(graphdef, params) -> Any:
+    """Put the model together with its dropout off: while tracing, where it costs nothing."""
+    model = nnx.merge(graphdef, *params)
+    return nnx.view(model, deterministic=True, raise_if_not_found=False)
 
 
 def _choose(sampling: _Sampling, greedy: bool, top_k, logits, done, step):
@@ -313,10 +321,30 @@ def _choose(sampling: _Sampling, greedy: bool, top_k, logits, done, step):
     return token, done | jnp.any(token[:, None] == sampling.stop[None, :], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _cast(adapters, dtype):
-    """Cast adapters once, as each product would."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), adapters)
+    """Cast adapters once, as each product would.
+
+    On one GPU the columns of A are made to lie together as well: x A of a single row is as many
+    sums over them.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(adapters)
+    formats = None
+    if paths and target().is_cuda and jax.device_count() == 1:
+        formats = tuple(_format(path, leaf) for path, leaf in paths)
+    return jax.tree.unflatten(treedef, _caster(formats, dtype)([leaf for _, leaf in paths]))
+
+
+@functools.cache
+def _caster(formats, dtype):
+    options = {} if formats is None else {"out_shardings": list(formats)}
+    return jax.jit(lambda leaves: [leaf.astype(dtype) for leaf in leaves], **options)
+
+
+def _format(path, leaf: jax.Array) -> Format:
+    axes = list(range(leaf.ndim))
+    if "lora_a" in jax.tree_util.keystr(path):
+        axes[-2:] = axes[:-3:-1]
+    return Format(Layout(tuple(axes)), leaf.sharding)
 
 
 def _bucket(n: int) -> int:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.dispatch import target
 from qjax.core.qslice import QSlice
 from qjax.core.qtensor import QTensor
 from qjax.models.cache import KVCache
@@ -13,6 +14,8 @@ from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.remat import remat_policy
 from qjax.nn.nnx_param import QuantParam
+
+_UNROLL = 4  # layers of a turn of the loop in generation on a GPU
 
 
 def make_layers(make: Callable[[nnx.Rngs], nnx.Module], config: ModelConfig, rngs: nnx.Rngs):
@@ -70,7 +73,10 @@ def _scan(layers, config, x, contexts, cache):
         body = jax.checkpoint(body, policy=remat_policy(config.remat_saves))
     indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     kind_of = jnp.asarray([kinds.index(kind) for kind in config.kinds])
-    carry, streams = jax.lax.scan(body, (x, cache), (indices, kind_of, streams, weights))
+    # A step of generation is many short kernels: fewer turns of the loop, less time between them.
+    unroll = _UNROLL if cache is not None and x.shape[1] == 1 and target().is_cuda else 1
+    layers_of = indices, kind_of, streams, weights
+    carry, streams = jax.lax.scan(body, (x, cache), layers_of, unroll=unroll)
     nnx.update(layers, streams)
     return carry
 
