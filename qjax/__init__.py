@@ -18,6 +18,8 @@ from qjax.nn.lora import LoraConfig as LoraConfig
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take
+from qjax.optim import adamw8bit as adamw8bit
+from qjax.planning import plan as plan
 from qjax.swap.linen import add_lora_params as add_lora_params
 from qjax.swap.linen import quantize_params as quantize_params
 from qjax.swap.linen_apply import apply as apply

@@ -24,6 +24,7 @@ LAYERS = {
     "qjax.linen": FLAX,
     "qjax.nnx": FLAX,
     "qjax.train": FLAX | {"optax"},
+    "qjax.optim": NUMERICS | {"optax"},
     "qjax.checkpoint": FLAX | {"orbax"},
     "qjax.generate": FLAX,
     "qjax.models": FLAX,

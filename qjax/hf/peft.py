@@ -23,6 +23,7 @@ from qjax.hf.layout import arrays, stored
 from qjax.hf.safetensors import read_json
 from qjax.models import Seq2SeqLM
 from qjax.models.base import Pretrained
+from qjax.models.fuse import refuse_fused
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_layer import LoraLayer
 from qjax.swap.nnx_find import Found, find_layers
@@ -72,6 +73,7 @@ def load_adapter(model: Pretrained, path) -> Pretrained:
         ValueError: not such a folder, or an adapter of another base.
         NotImplementedError: a kind of adapter other than these.
     """
+    refuse_fused(model, "load_adapter")
     folder = Path(path).expanduser()
     config = read_json(folder / _CONFIG)
     _check_config(config, folder / _CONFIG)
@@ -104,6 +106,7 @@ def save_adapter(model: Pretrained, path, *, base_model: str | None = None) -> N
     Raises:
         ValueError: the model has no adapter, or one on a weight that PEFT has no layer for.
     """
+    refuse_fused(model, "save_adapter")
     targets = _targets(model)
     held = {n: t for n, t in targets.items() if getattr(t.found.layer, "lora_a", None) is not None}
     every = [f for f in find_layers(model) if getattr(f.layer, "lora_a", None) is not None]

@@ -74,7 +74,9 @@ def _scan(layers, config, x, contexts, cache):
     indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     kind_of = jnp.asarray([kinds.index(kind) for kind in config.kinds])
     # A step of generation is many short kernels: fewer turns of the loop, less time between them.
-    unroll = _UNROLL if cache is not None and x.shape[1] == 1 and target().is_cuda else 1
+    # Float weights would be sliced for several layers at a time: copied.
+    short = cache is not None and x.shape[1] == 1 and target().is_cuda
+    unroll = _UNROLL if short and jax.tree.leaves(packed) else 1
     layers_of = indices, kind_of, streams, weights
     carry, streams = jax.lax.scan(body, (x, cache), layers_of, unroll=unroll)
     nnx.update(layers, streams)

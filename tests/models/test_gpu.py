@@ -11,7 +11,10 @@ from qjax.models import CausalLM, ModelConfig
 from qjax.models.attention import attend
 from qjax.models.context import Context
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
 
 CONFIG = ModelConfig(
     vocab_size=1024,
