@@ -130,7 +130,8 @@ def stream(
     if session is None:
         return
     ends = [*range(every, max_new_tokens, every), max_new_tokens]
-    tokens, start, ahead = session.run(ends[0]), 0, None
+    tokens, start = session.run(ends[0]), 0
+    ahead = tokens
     for i, end in enumerate(ends):
         # Sliced before the buffer is donated to the next steps, and fetched while they run.
         part, done = tokens[:, start:end], session.state.done
@@ -336,8 +337,10 @@ def _cast(adapters, dtype):
 
 @functools.cache
 def _caster(formats, dtype):
-    options = {} if formats is None else {"out_shardings": list(formats)}
-    return jax.jit(lambda leaves: [leaf.astype(dtype) for leaf in leaves], **options)
+    def cast(leaves):
+        return [leaf.astype(dtype) for leaf in leaves]
+
+    return jax.jit(cast) if formats is None else jax.jit(cast, out_shardings=list(formats))
 
 
 def _format(path, leaf: jax.Array) -> Format:

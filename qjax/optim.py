@@ -97,7 +97,7 @@ def scale_by_adam8bit(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         steps = count.astype(jnp.float32)
         unbias1, unbias2 = 1 - b1**steps, 1 - b2**steps
 

@@ -14,6 +14,8 @@ from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
 from qjax.core.config import QuantConfig
 from qjax.core.double_quant import quantize_scales
+from qjax.core.encode import encode_rows
+from qjax.core.formats import format_of
 from qjax.core.qtensor import QTensor, layout_for
 
 DEFAULT = QuantConfig()
@@ -28,7 +30,7 @@ def quantize(
     batch_ndim: int = 0,
     name: str = "w",
 ) -> QTensor:
-    """Quantize a weight to 4 bits in blocks along its contract axes.
+    """Quantize a weight in blocks along its contract axes.
 
     Args:
         w: floating array; a Flax kernel is [in, out].
@@ -42,7 +44,8 @@ def quantize(
         A `QTensor` of w's shape and dtype.
 
     Raises:
-        ValueError: axes out of range, an empty weight, NaN or inf.
+        ValueError: axes out of range, an empty weight, NaN or inf, or blocks that do not tile K in
+            a format that is not in scales of float32.
         TypeError: w is not a floating array.
 
     Example:
@@ -60,13 +63,21 @@ def quantize(
     if w.size == 0:
         raise ValueError(f"{name} must not be empty, got shape {w.shape}")
     dtype = jnp.dtype(w.dtype)
-    arrays = _quantize(w, cfg.format, cfg.block_size, cfg.double_quant, axes, batch_ndim)
+    slice_shape = tuple(w.shape[batch_ndim:])
+    k = math.prod(slice_shape[i] for i in axes)
+    block_size = cfg.block_size or k
+    layout = layout_for(k, block_size)
+    if layout == "flat" and format_of(cfg.format).scaling != "absmax":
+        raise ValueError(
+            f"{name}: block_size={block_size} of {cfg.format!r} must divide K={k}; exclude it, or "
+            "give it another format by overrides"
+        )
+    arrays = _quantize(w, cfg.format, block_size, cfg.double_quant, axes, batch_ndim)
     packed, scales, finite = arrays
     if check_finite and is_concrete(finite) and not finite:
         raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
-    slice_shape = tuple(w.shape[batch_ndim:])
-    layout = layout_for(math.prod(slice_shape[i] for i in axes), cfg.block_size)
-    return QTensor(packed, scales, slice_shape, dtype, cfg.format, cfg.block_size, axes, layout)
+    statics = slice_shape, dtype, cfg.format, block_size, axes, layout, cfg.int8_threshold
+    return QTensor(packed, scales, *statics)
 
 
 def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:
@@ -94,18 +105,21 @@ def _quantize(w, format, block_size, double_quant, contract_axes, batch_ndim):
 
 
 def _quantize_slice(w, format, block_size, double_quant, contract_axes):
-    table = codebook(format)
     out_axes = [i for i in range(w.ndim) if i not in contract_axes]
     k = math.prod(w.shape[i] for i in contract_axes)
     rows = jnp.transpose(w, (*out_axes, *contract_axes)).reshape(-1, k)
-    if layout_for(k, block_size) == "rows":
-        packed, absmax = quantize_rows(rows, table, block_size=block_size)
-        out_shape = [w.shape[i] for i in out_axes]
-        packed, absmax = packed.reshape(*out_shape, -1), absmax.reshape(*out_shape, -1)
-    else:
-        packed, absmax = _quantize_line(rows.reshape(-1), table, block_size)
-    finite = jnp.isfinite(absmax).all()
-    return packed, quantize_scales(absmax) if double_quant else absmax, finite
+    if layout_for(k, block_size) == "flat":
+        packed, absmax = _quantize_line(rows.reshape(-1), codebook(format), block_size)
+        return packed, quantize_scales(absmax) if double_quant else absmax, _finite(absmax)
+    packed, scales, finite = encode_rows(rows, format_of(format), block_size)
+    out_shape = [w.shape[i] for i in out_axes]
+    shaped = lambda a: a.reshape(*out_shape, -1) if a.ndim else a  # noqa: E731
+    packed, scales = jax.tree.map(shaped, (packed, scales))
+    return packed, quantize_scales(scales) if double_quant else scales, finite
+
+
+def _finite(absmax):
+    return jnp.isfinite(absmax).all()
 
 
 def _quantize_line(line, table: np.ndarray, block_size: int):

@@ -89,24 +89,15 @@ def _grid_codes() -> np.ndarray:
     return np.searchsorted(bounds, points).astype(np.uint8)
 
 
-def kernel_scales(
-    scales: jax.Array | DoubleQuant, batch_ndim: int = 0
-) -> jax.Array | DoubleQuantScales:
+def kernel_form(scales: DoubleQuant, batch_ndim: int = 0) -> DoubleQuantScales:
     """Return scales [*batch, *rows, blocks] as the kernels take them: [*batch, N, blocks]."""
-
-    def merge_rows(a):
-        return a.reshape(*a.shape[:batch_ndim], -1, a.shape[-1])
-
-    if not isinstance(scales, DoubleQuant):
-        return merge_rows(scales)
-    codes = merge_rows(scales.codes)
+    codes = scales.codes
+    codes = codes.reshape(*codes.shape[:batch_ndim], -1, codes.shape[-1])
     return DoubleQuantScales(codes, scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
 
 
-def take_scales(scales: jax.Array | DoubleQuant, rows: jax.Array) -> jax.Array:
+def take_scales(scales: DoubleQuant, rows: jax.Array) -> jax.Array:
     """Return the float32 scales [len(rows), blocks] of some rows of a two-dimensional slice."""
-    if not isinstance(scales, DoubleQuant):
-        return scales[rows]
     codes = scales.codes[rows]
     flat = rows[:, None] * codes.shape[-1] + np.arange(codes.shape[-1], dtype=np.int32)[None]
     products = lookup(dynamic_table(), codes) * lookup(scales.absmax, flat // SECOND_LEVEL_BLOCK)

@@ -31,6 +31,11 @@ class QSlice:
         return self.stack.shape[1:]
 
     @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
     def dtype(self) -> Any:
         """Logical dtype."""
         return self.stack.dtype

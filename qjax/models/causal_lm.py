@@ -185,7 +185,7 @@ class CausalLM(Pretrained):
             before = 0 if cache is None else cache.valid.sum(axis=1, keepdims=True, dtype=jnp.int32)
             counted = jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32)
             return jnp.where(attention_mask, before + counted - 1, 0)
-        start = 0 if cache is None else cache.length
+        start = jnp.int32(0 if cache is None else cache.length)
         return jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
 
     def _embed(self, ids: jax.Array, positions: jax.Array) -> jax.Array:

@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
-from qjax.core.double_quant import DoubleQuant
 from qjax.core.qtensor import QTensor
+from qjax.core.scales import map_scales, scales_class
 from qjax.nn.lora import LoraConfig, init_adapter
 from qjax.ops.lora import lora_weight
 
@@ -89,10 +89,9 @@ class QuantBox(meta.AxisMetadata):
         q = self.q
         if isinstance(val, QTensor):
             return dataclasses.replace(self, q=val)
-        cfg = QuantConfig(q.format, q.block_size, q.double_quant)
         batch_ndim = val.ndim - len(q.slice_shape)
         b = None if self.lora_b is None else jnp.zeros_like(self.lora_b)
-        new = quantize(val, cfg, q.contract_axes, batch_ndim=batch_ndim)
+        new = quantize(val, q.config, q.contract_axes, batch_ndim=batch_ndim)
         return dataclasses.replace(self, q=new, lora_b=b)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "QuantBox":
@@ -132,7 +131,8 @@ class QuantBox(meta.AxisMetadata):
         batch, rest = names[: len(q.batch_shape)], names[len(q.batch_shape) :]
         contract, out = [rest[i] for i in q.contract_axes], [rest[i] for i in q.out_axes]
         codes = spec(*batch, *out, contract[0]) if q.layout == "rows" else spec(*batch, None)
-        scales = DoubleQuant(codes, spec(*batch, None), spec(*batch)) if q.double_quant else codes
+        cls = scales_class(q.kind, q.double_quant)
+        scales = map_scales(cls, codes, spec(*batch, None), spec(*batch))
         adapter = self.lora_a is not None
         return dataclasses.replace(
             self,

@@ -5,6 +5,7 @@ features of each, so that each keeps (or gets) an adapter of its own.
 """
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,10 +16,12 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.scales import decode_scales
-from qjax.core.double_quant import DoubleQuant, kernel_scales
+from qjax.core.double_quant import DoubleQuant
 from qjax.core.qtensor import QTensor
+from qjax.core.scales import CLASSES, Scales, kernel_scales
 
 _VARIABLES = ("kernel", "bias", "lora_a", "lora_b")
+_OTHER_SCALES = tuple(cls for cls in CLASSES if cls is not DoubleQuant)
 # What must be equal in layers that become one.
 _SHARED = ("in_features", "dtype", "param_dtype", "lora_config", "compute_dtype")
 
@@ -99,50 +102,41 @@ def concatenate(weights: Sequence[QTensor], names: Sequence[str]) -> QTensor:
             mine, its = getattr(first, field), getattr(q, field)
             if mine != its:
                 raise ValueError(f"{names[0]} and {name} differ in {field}: {mine} and {its}")
-        if q.layout != "rows" or q.contract_axes != (0,) or len(q.slice_shape) != 2:
-            raise ValueError(f"{name}: {q!r} has no rows of whole blocks to put beside others")
-    return QTensor(
-        jnp.concatenate([q.packed for q in weights], axis=-2),
-        jnp.concatenate([_float_scales(q) for q in weights], axis=-2),
+        plain = q.layout == "rows" and q.contract_axes == (0,) and len(q.slice_shape) == 2
+        if not plain or q.kind.bits != 4 or isinstance(q.scales, _OTHER_SCALES):
+            raise ValueError(f"{name}: {q!r} has no rows of scaled blocks to put beside others")
+    return dataclasses.replace(
+        first,
+        packed=jnp.concatenate([q.packed for q in weights], axis=-2),
+        scales=jnp.concatenate([_float_scales(q) for q in weights], axis=-2),
         slice_shape=(first.slice_shape[0], sum(q.slice_shape[1] for q in weights)),
-        dtype=first.dtype,
-        format=first.format,
-        block_size=first.block_size,
-        contract_axes=(0,),
-        layout="rows",
     )
 
 
 def _rows(q: QTensor, start: int, end: int) -> QTensor:
-    return QTensor(
-        q.packed[..., start:end, :],
-        _float_scales(q)[..., start:end, :],
+    return dataclasses.replace(
+        q,
+        packed=q.packed[..., start:end, :],
+        scales=_float_scales(q)[..., start:end, :],
         slice_shape=(q.slice_shape[0], end - start),
-        dtype=q.dtype,
-        format=q.format,
-        block_size=q.block_size,
-        contract_axes=(0,),
-        layout="rows",
     )
 
 
 def _float_scales(q: QTensor) -> jax.Array:
-    scales = q.scales
-    if not isinstance(scales, DoubleQuant):
-        return scales
-
-    def decode(scales):
-        return decode_scales(kernel_scales(scales))
-
+    decode = _decode_slice
     for _ in q.batch_shape:
         decode = jax.vmap(decode)
-    return decode(scales)
+    return decode(q.scales)
+
+
+def _decode_slice(scales: Scales) -> jax.Array:
+    return decode_scales(kernel_scales(scales))
 
 
 def _sections(layer: Any) -> tuple[int, ...]:
     return getattr(layer, "sections", None) or (layer.out_features,)
 
 
-def is_fused(module: nnx.Module) -> bool:
+def is_fused(module: nnx.Module | None) -> bool:
     """Whether a layer stands for several."""
     return getattr(module, "sections", None) is not None

@@ -4,6 +4,7 @@ The residual of the backward pass is the packed weight itself: x is not needed, 
 no gradient, and nothing decoded is kept.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -12,15 +13,16 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
+from qjax.core.double_quant import DoubleQuant, dynamic_table
 from qjax.core.qslice import QSlice, taken
 from qjax.core.qtensor import QTensor
-from qjax.ops import trace
+from qjax.core.scales import AffineScales, float_scales, kernel_scales
+from qjax.ops import eight_bit, trace
 from qjax.ops.partition import product
 
 
 def matmul(x: jax.Array, q: QTensor | QSlice, *, implementation: str | None = None) -> jax.Array:
-    """Multiply x by a 4-bit weight: `x @ q.dequantize(x.dtype)`, accumulated in float32.
+    """Multiply x by a quantized weight: `x @ q.dequantize(x.dtype)`, accumulated in float32.
 
     Args:
         x: floating [*batch, ..., K], where K is the product of q's contract axes and `batch` are
@@ -49,7 +51,9 @@ def matmul(x: jax.Array, q: QTensor | QSlice, *, implementation: str | None = No
     _check_rows(x, q)
     lead = x.shape[len(batch) : -1]
     _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
-    y = _product(x.reshape(*batch, math.prod(lead), k), q, False, implementation)
+    x = x.reshape(*batch, math.prod(lead), k)
+    trace.observe(x, q)
+    y = _product(x, q, False, implementation)
     return y.reshape(*batch, *lead, *q.out_shape)
 
 
@@ -66,21 +70,24 @@ def _check_rows(x: jax.Array, q: QTensor, batch_ndim: int | None = None) -> None
 def _reads_in_place(q: QSlice) -> bool:
     """Whether the kernels can index the stack: one stacked axis, rows, and one device."""
     stack = q.stack
-    return stack.layout == "rows" and len(stack.batch_shape) == 1 and jax.device_count() == 1
+    plain = stack.kind.bits == 4 and not isinstance(stack.scales, AffineScales)
+    rows = stack.layout == "rows" and len(stack.batch_shape) == 1
+    return plain and rows and jax.device_count() == 1
 
 
 def _slice_matmul(x: jax.Array, q: QSlice, implementation) -> jax.Array:
     stack, lead = q.stack, x.shape[:-1]
     _check_rows(x, stack, 0)
     _record("matmul", math.prod(lead), x.dtype, stack, False, implementation)
-    y = _slice_product(x.reshape(-1, x.shape[-1]), q, False, implementation)
-    return y.reshape(*lead, *stack.out_shape)
+    x = x.reshape(-1, x.shape[-1])
+    trace.observe(x, stack)
+    return _slice_product(x, q, False, implementation).reshape(*lead, *stack.out_shape)
 
 
 def einsum(
     equation: str, x: jax.Array, q: QTensor | QSlice, *, implementation: str | None = None
 ) -> jax.Array:
-    """Contract x with a 4-bit weight: `jnp.einsum(equation, x, q.dequantize(x.dtype))`.
+    """Contract x with a quantized weight: `jnp.einsum(equation, x, q.dequantize(x.dtype))`.
 
     An equation that sums over exactly q's contract axes (or exactly over its other axes: the
     transposed product) runs the matmul kernels. Any other decodes the weight, and warns once.
@@ -128,7 +135,10 @@ def einsum(
     x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])
     flat = [math.prod(sizes[a] for a in axes) for axes in (rows, summed)]
     _record("einsum", flat[0], x.dtype, q, transpose, implementation)
-    y = _product(x.reshape(*q.batch_shape, *flat), q, transpose, implementation)
+    x = x.reshape(*q.batch_shape, *flat)
+    if not transpose:
+        trace.observe(x, q)
+    y = _product(x, q, transpose, implementation)
     y_axes = [*batch, *rows, *kept]
     y = y.reshape([sizes[a] for a in y_axes])
     return jnp.transpose(y, [y_axes.index(a) for a in out_axes])
@@ -193,6 +203,9 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
     if q.layout == "flat":
         trace.record("decode", f"{op} in the flat layout", q)
         return
+    if q.kind.bits == 8:
+        trace.record(op, "xla, in 8 bits" if q.int8_threshold else "xla, codes widened", q)
+        return
     out, k = math.prod(q.out_shape), math.prod(q.contract_shape)
     batch_ndim = len(q.batch_shape)
 
@@ -234,13 +247,30 @@ def _slice_product(x, q, transpose, implementation):
         contract = ((1,), (0 if transpose else 1,))
         y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
-    scales, second = q.scales, ()
-    if isinstance(scales, DoubleQuant):
-        second = (scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
-        scales = scales.codes
-    packed, scales = (a.reshape(-1, a.shape[-1]) for a in (q.packed, scales))
+    if q.kind.bits == 8:
+        return eight_bit.product(x, q, transpose)
+    second = ()
+    if isinstance(q.scales, DoubleQuant):
+        second = (q.scales.absmax, q.scales.offset, jnp.asarray(dynamic_table()))
+        scales = q.scales.codes.reshape(-1, q.scales.codes.shape[-1])
+    else:
+        scales = kernel_scales(q.scales)
+    packed = q.packed.reshape(-1, q.packed.shape[-1])
     run = product(q.block_size, transpose, implementation)
-    return run(x, packed, scales, jnp.asarray(q.codebook), *second)
+    y = run(x, packed, scales, jnp.asarray(q.codebook), *second)
+    if isinstance(q.scales, AffineScales):
+        y = y + _offset_product(x, q.scales, q.block_size, transpose)
+    return y
+
+
+def _offset_product(x, scales: AffineScales, block_size: int, transpose: bool):
+    """Multiply by what the zero points add to W: one number for each block."""
+    offsets = float_scales(scales.offsets())  # [N, K / block_size]
+    wide = x.astype(jnp.float32)
+    if transpose:
+        return jnp.repeat(wide @ offsets, block_size, axis=1).astype(x.dtype)
+    blocks = wide.reshape(x.shape[0], -1, block_size).sum(axis=-1)
+    return (blocks @ offsets.T).astype(x.dtype)
 
 
 def _product_in_place(x, q: QSlice, transpose, implementation):
@@ -263,6 +293,8 @@ def _product_fwd(x, q, transpose, implementation):
 
 
 def _product_bwd(transpose, implementation, q, g):
+    # Gradients are multiplied by the weight as it is: LLM.int8() has 8-bit activations only.
+    q = dataclasses.replace(q, int8_threshold=None)
     return _slice_product(g, q, not transpose, implementation), None
 
 
