@@ -30,6 +30,7 @@ LAYERS = {
     "qjax.checkpoint": FLAX | {"orbax"},
     "qjax.generate": FLAX,
     "qjax.models": FLAX,
+    "qjax.planning": set(),
     "qjax.hf": FLAX | {"safetensors", "tokenizers", "huggingface_hub", "gguf"},
     "qjax": FLAX,
     # Above the public names, which they use as any user does.
