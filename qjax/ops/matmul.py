@@ -294,7 +294,8 @@ def _product_fwd(x, q, transpose, implementation):
 
 def _product_bwd(transpose, implementation, q, g):
     # Gradients are multiplied by the weight as it is: LLM.int8() has 8-bit activations only.
-    q = dataclasses.replace(q, int8_threshold=None)
+    if isinstance(q, QTensor):  # a QSlice has 4 bits
+        q = dataclasses.replace(q, int8_threshold=None)
     return _slice_product(g, q, not transpose, implementation), None
 
 
