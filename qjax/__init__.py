@@ -19,6 +19,7 @@ from qjax.models.fuse import split_projections as split_projections
 from qjax.models.loss import cross_entropy as cross_entropy
 from qjax.nn.linen import QuantDense as QuantDense
 from qjax.nn.lora import LoraConfig as LoraConfig
+from qjax.nn.registry import register as register
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take

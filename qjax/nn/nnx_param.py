@@ -4,14 +4,17 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qjax.core.qslice import taken
 from qjax.ops import trace
+from qjax.ops.take import take
 
-SKIPPED = "qjax_skipped"  # metadata of a weight that quantize_model left alone: the reason
+NOTE = "qjax_note"  # metadata: why quantize_model left a weight alone, or why it is decoded
 # Metadata that describes the float array's placement, not the weight.
-_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "out_sharding", "sharding_rules", "mesh", SKIPPED)
+_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "out_sharding", "sharding_rules", "mesh", NOTE)
+_FLOAT_ONLY += ("compute_dtype",)  # of a QuantParam whose module has no such attribute
 _DECODED_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg")
 _DECODED_OPERATORS += ("matmul", "rmatmul")
 
@@ -45,7 +48,15 @@ class QuantParam(nnx.Variable):
         """Return the QTensor, or with an index the decoded array there."""
         if index is None:
             return super().get_value()
+        if _is_lookup(index, self.q):
+            return self.rows(index[0] if isinstance(index, tuple) else index)
         return self.decode()[index]
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Return rows of a table; as array indexing has it, those outside are the nearest."""
+        last = self.q.shape[0] - 1
+        with trace.leaf(self.get_metadata().get("path")):
+            return take(self.q, jnp.clip(ids, -last - 1, last))
 
     def set_value(self, value: Any, *, index: Any = None) -> None:
         """Replace the QTensor; there is no assigning to parts of it."""
@@ -72,6 +83,13 @@ class QuantParam(nnx.Variable):
             if name.startswith("_") or not hasattr(jax.Array, name):
                 raise
         return getattr(self.decode(), name)
+
+
+def _is_lookup(index: Any, q: Any) -> bool:
+    """Return whether an index asks for rows of a table whose blocks run along the rows."""
+    ids = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    is_table = isinstance(q, QTensor) and (q.ndim, q.contract_axes) == (2, (1,))
+    return is_table and isinstance(ids, jax.Array) and jnp.issubdtype(ids.dtype, jnp.integer)
 
 
 def _decoded_operator(name: str):
