@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.core.qslice import taken
+from qjax.core.qtensor import QTensor
 from qjax.ops import trace
 from qjax.ops.take import take
 
