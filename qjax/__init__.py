@@ -15,12 +15,17 @@ from qjax.hf.peft import load_adapter as load_adapter
 from qjax.hf.peft import save_adapter as save_adapter
 from qjax.hf.pretrained import from_pretrained as from_pretrained
 from qjax.hf.tokenizer import load_tokenizer as load_tokenizer
+from qjax.models.fuse import fuse_projections as fuse_projections
+from qjax.models.fuse import split_projections as split_projections
+from qjax.models.loss import cross_entropy as cross_entropy
 from qjax.nn.linen import QuantDense as QuantDense
 from qjax.nn.lora import LoraConfig as LoraConfig
 from qjax.nn.registry import register as register
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take
+from qjax.optim import adamw8bit as adamw8bit
+from qjax.planning import plan as plan
 from qjax.swap.linen import add_lora_params as add_lora_params
 from qjax.swap.linen import quantize_params as quantize_params
 from qjax.swap.linen_apply import apply as apply

@@ -7,6 +7,7 @@ from qjax.commands.demo import demo
 from qjax.commands.finetune import finetune
 from qjax.commands.generate import generate
 from qjax.commands.inspect import inspect
+from qjax.commands.plan import plan
 from qjax.commands.quantize import quantize
 
 app = typer.Typer(
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="4-bit models in JAX and Flax.",
 )
-for _command in (demo, quantize, inspect, generate, finetune):
+for _command in (demo, quantize, inspect, generate, finetune, plan):
     app.command()(_command)
 app.command("tune")(tune.command)
 

@@ -4,21 +4,27 @@ Works on any `LanguageModel` that is an `nnx.Module`; knows nothing of how it st
 
 **Compilations.** Prompts are padded on the left to a bucket of columns (32, 64, 96, ...; above 256
 at most 25 % more than needed), and the cache holds a bucket of slots. The prefill is compiled once
-for each (batch size, prompt bucket, slots bucket), the loop once for each (batch size, slots
-bucket, kind of sampling, `top_k`). Kinds of sampling are greedy (`temperature=0`) and random, the
-latter with and without `top_p`. Another prompt, `max_new_tokens`, `temperature`, `top_p`, key or
-set of up to eight stop tokens within the same buckets compiles nothing.
+for each (batch size, prompt bucket, slots bucket), apart for prompts that need no padding; the loop
+once for each (batch size, slots bucket, kind of sampling, `top_k`). Kinds of sampling are greedy
+(`temperature=0`) and random, the latter with and without `top_p`. Another prompt, `max_new_tokens`,
+`temperature`, `top_p`, key or set of up to eight stop tokens within the same buckets compiles
+nothing.
 """
 
+import dataclasses
 import functools
 import numbers
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.experimental.layout import Format, Layout
+
+from pallas_kernels.dispatch import target
 
 _STOP_SLOTS = 8  # stop tokens are padded to a multiple of this
 
@@ -27,6 +33,7 @@ class LanguageModel(Protocol):
     """What `generate` asks of a model."""
 
     config: Any
+    dtype: Any  # of the computation
 
     def init_cache(self, batch: int, slots: int) -> Any:
         """Return an empty key-value cache with an attribute `slots`."""
@@ -75,33 +82,66 @@ def generate(
     Example:
         >>> out = model.generate(ids, max_new_tokens=8)  # doctest: +SKIP
     """
-    ids, attention_mask = as_tokens(ids, attention_mask)
-    _check_tokens(model.config, ids, attention_mask, max_new_tokens)
-    _check_sampling(temperature, top_k, top_p, key)
-    stop = _stop_array(stop_tokens)
-    if max_new_tokens == 0:
-        return ids
-    model = nnx.view(model, deterministic=True, raise_if_not_found=False)  # dropout off
-    graphdef, state = nnx.split(model)
-    padded, mask = _left_pad(ids, attention_mask)
-    prompt = padded.shape[1]
-    slots = _bucket(prompt + max_new_tokens)
-    logits, cache = _prefill(graphdef, state, padded, mask, slots)
-    tokens, _ = _decode(
-        graphdef,
-        state,
-        logits,
-        cache,
-        jnp.sum(mask, axis=1, dtype=jnp.int32),
-        jnp.int32(max_new_tokens),
-        stop,
-        jax.random.key(0) if key is None else key,
-        jnp.float32(temperature),
-        None if top_p is None else jnp.float32(top_p),
-        greedy=temperature == 0,
-        top_k=top_k,
-    )
-    return jnp.concatenate([ids, tokens[:, :max_new_tokens]], axis=1)
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "stop_tokens": stop_tokens,
+        "key": key,
+    }
+    session = _start(model, ids, attention_mask, max_new_tokens, options)
+    if session is None:
+        return as_tokens(ids)[0]
+    tokens = session.run(max_new_tokens)
+    return jnp.concatenate([as_tokens(ids)[0], tokens[:, :max_new_tokens]], axis=1)
+
+
+def stream(
+    model: LanguageModel,
+    ids,
+    attention_mask=None,
+    *,
+    max_new_tokens: int = 64,
+    every: int = 8,
+    **options,
+) -> Iterator[np.ndarray]:
+    """Yield the new tokens of `generate` as they come, on the host.
+
+    The device runs on to the next tokens while the caller looks at these.
+
+    Args:
+        model, ids, attention_mask, max_new_tokens: as in `generate`, and so are the other options.
+        every: new tokens between two yields, 1 or more; each yield costs a call to the device.
+
+    Yields:
+        int32 [B, n], `n` at most `every`; the first after the prompt is read. Together they are
+        what `generate` appends, cut short once all rows have ended.
+
+    Raises:
+        ValueError: as `generate`, at the first `next`; or `every` below 1.
+
+    Example:
+        >>> for tokens in model.stream(ids, max_new_tokens=64, every=4):  # doctest: +SKIP
+        ...     print(tokenizer.decode(tokens[0]), end="", flush=True)
+    """
+    if not isinstance(every, numbers.Integral) or every < 1:
+        raise ValueError(f"every={every!r} must be an int, 1 or more")
+    session = _start(model, ids, attention_mask, max_new_tokens, options)
+    if session is None:
+        return
+    ends = [*range(every, max_new_tokens, every), max_new_tokens]
+    tokens, start = session.run(ends[0]), 0
+    ahead = tokens
+    for i, end in enumerate(ends):
+        # Sliced before the buffer is donated to the next steps, and fetched while they run.
+        part, done = tokens[:, start:end], session.state.done
+        if i + 1 < len(ends):
+            done = jnp.copy(done)
+            ahead = session.run(ends[i + 1])
+        yield np.asarray(part)
+        if np.asarray(done).all():
+            return
+        tokens, start = ahead, end
 
 
 def as_tokens(ids, attention_mask=None) -> tuple[jax.Array, jax.Array | None]:
@@ -139,64 +179,175 @@ def sample(
     return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
+class _State(NamedTuple):
+    """Where a generation stands; its arrays are donated from step to step.
+
+    Attributes:
+        step: int32 [], the new tokens so far.
+        token: int32 [B], the last of them.
+        tokens: int32 [B, slots], all of them.
+        done: bool [B], the rows that have ended.
+        lengths: int32 [B], real tokens of the prompts.
+        cache: the model's.
+    """
+
+    step: jax.Array | np.int32
+    token: jax.Array
+    tokens: jax.Array
+    done: jax.Array
+    lengths: jax.Array
+    cache: Any
+
+
+class _Sampling(NamedTuple):
+    """How tokens are chosen: arrays, so that other values compile nothing."""
+
+    stop: np.ndarray
+    key: jax.Array
+    temperature: np.float32
+    top_p: np.float32 | None
+
+
+@dataclasses.dataclass
+class _Session:
+    """A generation under way."""
+
+    graphdef: Any
+    params: Any
+    state: _State
+    sampling: _Sampling
+    kind: dict[str, Any]
+
+    def run(self, until: int) -> jax.Array:
+        """Go on until so many new tokens; return those so far, int32 [B, slots]."""
+        arguments = self.graphdef, self.params, self.state, np.int32(until), self.sampling
+        self.state = _decode(*arguments, **self.kind)
+        return self.state.tokens
+
+
+def _start(
+    model,
+    ids,
+    attention_mask,
+    max_new_tokens,
+    options,
+) -> _Session | None:
+    """Check the arguments and read the prompt; None where no token is asked for."""
+    ids, attention_mask = as_tokens(ids, attention_mask)
+    _check_tokens(model.config, ids, attention_mask, max_new_tokens)
+    sampling, kind = _sampling(**options)
+    if max_new_tokens == 0:
+        return None
+    graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    prompt = _bucket(ids.shape[1])
+    slots = _bucket(prompt + max_new_tokens)
+    if attention_mask is None and prompt > ids.shape[1]:
+        attention_mask = jnp.ones(ids.shape, jnp.bool_)
+    pad = ((0, 0), (prompt - ids.shape[1], 0))
+    if attention_mask is not None:
+        ids, attention_mask = jnp.pad(ids, pad), jnp.pad(attention_mask, pad)
+    params = _cast(adapters, model.dtype), rest
+    logits, lengths, cache = _prefill(graphdef, params, ids, attention_mask, slots)
+    token, tokens, done = _first(logits, slots, sampling, **kind)
+    state = _State(np.int32(1), token, tokens, done, lengths, cache)
+    return _Session(graphdef, params, state, sampling, kind)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(graphdef, state, ids, mask, slots: int):
-    """Run the prompt; return the logits [B, vocab] after its last token and the filled cache."""
-    model = nnx.merge(graphdef, state)
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    cache = model.init_cache(ids.shape[0], slots)
-    hidden, cache = model.hidden(ids, mask, positions=positions, cache=cache)
-    last = ids.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # the last real token of each row
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return model.logits(hidden)[:, 0], cache
+def _prefill(graphdef, params, ids, mask, slots: int):
+    """Read the prompt; return the logits [B, vocab] after it, its length and the filled cache."""
+    model = _model(graphdef, params)
+    batch, width = ids.shape
+    cache = model.init_cache(batch, slots)
+    if mask is None:
+        lengths = jnp.full((batch,), width, jnp.int32)
+        hidden, cache = model.hidden(ids, cache=cache)
+        hidden = hidden[:, -1]
+    else:
+        lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        hidden, cache = model.hidden(ids, mask, positions=positions, cache=cache)
+        last = width - 1 - jnp.argmax(mask[:, ::-1], axis=1)  # the last real token of each row
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return model.logits(hidden), lengths, cache
+
+
+@functools.partial(jax.jit, static_argnums=(1,), static_argnames=("greedy", "top_k"))
+def _first(logits, slots: int, sampling: _Sampling, *, greedy, top_k):
+    """Choose the first new token; return it, the array of all to come, and the rows that end."""
+    none = jnp.zeros(logits.shape[:1], jnp.bool_)
+    token, done = _choose(sampling, greedy, top_k, logits, none, 0)
+    tokens = jnp.full((logits.shape[0], slots), sampling.stop[0], jnp.int32)
+    return token, tokens.at[:, 0].set(token), done
 
 
 @functools.partial(
-    jax.jit, static_argnums=(0,), static_argnames=("greedy", "top_k"), donate_argnums=(3,)
+    jax.jit, static_argnums=(0,), static_argnames=("greedy", "top_k"), donate_argnums=(2,)
 )
-def _decode(
-    graphdef, state, logits, cache, lengths, steps, stop, key, temperature, top_p, *, greedy, top_k
-):
-    """Return the new tokens int32 [B, slots], of which `steps` columns count, and the cache.
+def _decode(graphdef, params, state: _State, until, sampling: _Sampling, *, greedy, top_k):
+    """Generate until there are `until` new tokens or all rows have ended."""
 
-    The cache is returned only so that its donated buffers are updated in place.
-    """
+    def unfinished(state):
+        return (state.step < until) & ~jnp.all(state.done)
 
-    def choose(logits, done, key):
-        if greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            token = sample(logits, key, temperature, top_k, top_p)
-        token = jnp.where(done, stop[0], token)
-        return token, done | jnp.any(token[:, None] == stop[None, :], axis=1)
-
-    def unfinished(carry):
-        step, _, _, done, _ = carry
-        return (step < steps) & ~jnp.all(done)
-
-    def advance(carry):
-        step, token, tokens, done, cache = carry
+    def advance(state):
         # A row that has ended goes on writing slots that nobody reads.
-        positions = (lengths + step - 1)[:, None]
-        model = nnx.merge(graphdef, state)
-        hidden, cache = model.hidden(token[:, None], positions=positions, cache=cache)
-        step_key = jax.random.fold_in(key, step)
-        token, done = choose(model.logits(hidden[:, 0]), done, step_key)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step, axis=1)
-        return step + 1, token, tokens, done, cache
+        positions = (state.lengths + state.step - 1)[:, None]
+        model = _model(graphdef, params)
+        hidden, cache = model.hidden(state.token[:, None], positions=positions, cache=state.cache)
+        logits = model.logits(hidden[:, 0])
+        token, done = _choose(sampling, greedy, top_k, logits, state.done, state.step)
+        tokens = jax.lax.dynamic_update_slice_in_dim(
+            state.tokens, token[:, None], state.step, axis=1
+        )
+        return _State(state.step + 1, token, tokens, done, state.lengths, cache)
 
-    batch = logits.shape[0]
-    first, done = choose(logits, jnp.zeros((batch,), jnp.bool_), jax.random.fold_in(key, 0))
-    tokens = jnp.full((batch, cache.slots), stop[0], jnp.int32).at[:, 0].set(first)
-    carry = (jnp.int32(1), first, tokens, done, cache)
-    _, _, tokens, _, cache = jax.lax.while_loop(unfinished, advance, carry)
-    return tokens, cache
+    return jax.lax.while_loop(unfinished, advance, state)
 
 
-def _left_pad(ids: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    mask = jnp.ones(ids.shape, jnp.bool_) if mask is None else mask
-    width = ((0, 0), (_bucket(ids.shape[1]) - ids.shape[1], 0))
-    return jnp.pad(ids, width), jnp.pad(mask, width)
+def _model(graphdef, params) -> Any:
+    """Put the model together with its dropout off: while tracing, where it costs nothing."""
+    model = nnx.merge(graphdef, *params)
+    return nnx.view(model, deterministic=True, raise_if_not_found=False)
+
+
+def _choose(sampling: _Sampling, greedy: bool, top_k, logits, done, step):
+    """Return the next token of each row, and which rows have ended with it."""
+    if greedy:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        key = jax.random.fold_in(sampling.key, step)
+        token = sample(logits, key, sampling.temperature, top_k, sampling.top_p)
+    token = jnp.where(done, sampling.stop[0], token)
+    return token, done | jnp.any(token[:, None] == sampling.stop[None, :], axis=1)
+
+
+def _cast(adapters, dtype):
+    """Cast adapters once, as each product would.
+
+    On one GPU the columns of A are made to lie together as well: x A of a single row is as many
+    sums over them.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(adapters)
+    formats = None
+    if paths and target().is_cuda and jax.device_count() == 1:
+        formats = tuple(_format(path, leaf) for path, leaf in paths)
+    return jax.tree.unflatten(treedef, _caster(formats, dtype)([leaf for _, leaf in paths]))
+
+
+@functools.cache
+def _caster(formats, dtype):
+    def cast(leaves):
+        return [leaf.astype(dtype) for leaf in leaves]
+
+    return jax.jit(cast) if formats is None else jax.jit(cast, out_shardings=list(formats))
+
+
+def _format(path, leaf: jax.Array) -> Format:
+    axes = list(range(leaf.ndim))
+    if "lora_a" in jax.tree_util.keystr(path):
+        axes[-2:] = axes[:-3:-1]
+    return Format(Layout(tuple(axes)), leaf.sharding)
 
 
 def _bucket(n: int) -> int:
@@ -227,7 +378,8 @@ def _check_tokens(config, ids, mask, max_new_tokens) -> None:
             raise ValueError(f"attention_mask is 0 on all of row {empty[0]}: nothing to continue")
 
 
-def _check_sampling(temperature, top_k, top_p, key) -> None:
+def _sampling(temperature=0.0, top_k=None, top_p=None, stop_tokens=(), key=None):
+    """Check the options of sampling; return the arrays and what is static of them."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r} must be finite, 0 or more")
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
@@ -240,12 +392,19 @@ def _check_sampling(temperature, top_k, top_p, key) -> None:
         )
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature!r} samples: pass key=jax.random.key(seed)")
+    arrays = _Sampling(
+        _stop_array(stop_tokens),
+        jax.random.key(0) if key is None else key,
+        np.float32(temperature),
+        None if top_p is None else np.float32(top_p),
+    )
+    return arrays, {"greedy": temperature == 0, "top_k": top_k}
 
 
-def _stop_array(stop_tokens) -> jax.Array:
+def _stop_array(stop_tokens) -> np.ndarray:
     """Return the stop tokens as int32, padded with -1 (no token) to a multiple of eight."""
     stops = [int(token) for token in stop_tokens]
     if any(token < 0 for token in stops):
         raise ValueError(f"stop_tokens={stops} must be token ids, 0 or more")
     slots = -(-max(len(stops), 1) // _STOP_SLOTS) * _STOP_SLOTS
-    return jnp.asarray(stops + [-1] * (slots - len(stops)), jnp.int32)
+    return np.asarray(stops + [-1] * (slots - len(stops)), np.int32)

@@ -158,3 +158,36 @@ def test_misuse_is_named(options, message):
 def test_ids_outside_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match=r"ids hold 128, must be from 0 to 127 \(vocab_size=128\)"):
         golden_model("llama").generate(np.asarray([[1, 128]]), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("every", [1, 5, 64])
+def test_a_stream_is_what_generate_appends_in_parts(every):
+    model = golden_model("llama")
+    whole = np.asarray(model.generate(IDS, max_new_tokens=12))[:, 4:]
+    parts = list(model.stream(IDS, max_new_tokens=12, every=every))
+    assert [p.shape[1] for p in parts[:-1]] == [every] * (len(parts) - 1)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+def test_a_stream_ends_with_the_part_in_which_the_last_row_ends():
+    model = golden_model("llama")
+    free = np.asarray(model.generate(IDS[:1], max_new_tokens=12))[0, 4:]
+    end = list(free).index(free[6])
+    options = {"max_new_tokens": 12, "stop_tokens": (int(free[6]),), "every": 2}
+    parts = np.concatenate(list(model.stream(IDS[:1], **options)), axis=1)[0]
+    np.testing.assert_array_equal(parts[: end + 1], free[: end + 1])
+    assert len(parts) == 2 * (end // 2 + 1)
+    assert list(model.stream(IDS, max_new_tokens=0)) == []
+
+
+def test_a_prompt_of_a_whole_bucket_needs_no_mask():
+    model = golden_model("llama")
+    ids = np.asarray(reference("llama")["input_ids"])
+    ids = np.concatenate([ids, ids], axis=1)[:, :32]
+    masked = model.generate(ids, np.ones_like(ids), max_new_tokens=6)
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=6), masked)
+
+
+def test_a_stream_refuses_parts_of_nothing():
+    with pytest.raises(ValueError, match="every=0 must be an int, 1 or more"):
+        next(golden_model("llama").stream(IDS, every=0))

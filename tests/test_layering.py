@@ -26,9 +26,11 @@ LAYERS = {
     "qjax.calibration": FLAX,
     "qjax.evaluation": FLAX,
     "qjax.train": FLAX | {"optax"},
+    "qjax.optim": NUMERICS | {"optax"},
     "qjax.checkpoint": FLAX | {"orbax"},
     "qjax.generate": FLAX,
     "qjax.models": FLAX,
+    "qjax.planning": set(),
     "qjax.hf": FLAX | {"safetensors", "tokenizers", "huggingface_hub", "gguf", "jinja2"},
     "qjax": FLAX,
     # Above the public names, which they use as any user does.

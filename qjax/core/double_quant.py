@@ -32,18 +32,19 @@ class DoubleQuant:
 
 
 @functools.cache
-def dynamic_table() -> np.ndarray:
-    """Return bitsandbytes' signed dynamic map: float32 [256], ascending, from -0.993 to 1.
+def dynamic_table(signed: bool = True) -> np.ndarray:
+    """Return bitsandbytes' dynamic map: float32 [256], ascending, from -0.993 (or 0) to 1.
 
     For each exponent i of 0..6 the midpoints of 2**i equal steps from 0.1 to 1, times 10**(i - 6),
-    of both signs; then 0 and 1 (Dettmers, 8-bit approximations, 2015).
+    of both signs, or twice as many steps of one sign; then 0 and 1 (Dettmers, 8-bit
+    approximations, 2015).
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = _linspace(0.1, 1.0, 2**i + 1)
+        edges = _linspace(0.1, 1.0, (1 if signed else 2) * 2**i + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = means * np.float32(10.0 ** (i - 6))
-        values += [*scaled, *-scaled]
+        values += [*scaled, *-scaled] if signed else [*scaled]
     table = np.sort(np.array(values, np.float32))
     table.setflags(write=False)
     return table
@@ -88,9 +89,10 @@ def _grid_codes() -> np.ndarray:
     return np.searchsorted(bounds, points).astype(np.uint8)
 
 
-def kernel_form(scales: DoubleQuant) -> DoubleQuantScales:
-    """Return the scales [*rows, blocks] of one slice as the kernels take them: [N, blocks]."""
-    codes = scales.codes.reshape(-1, scales.codes.shape[-1])
+def kernel_form(scales: DoubleQuant, batch_ndim: int = 0) -> DoubleQuantScales:
+    """Return scales [*batch, *rows, blocks] as the kernels take them: [*batch, N, blocks]."""
+    codes = scales.codes
+    codes = codes.reshape(*codes.shape[:batch_ndim], -1, codes.shape[-1])
     return DoubleQuantScales(codes, scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
 
 

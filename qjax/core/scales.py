@@ -117,13 +117,13 @@ def map_scales(cls: type | None, first: Any, groups: Any, whole: Any) -> Any:
     return cls(**{name: (whole, groups, first)[size] for name, size in sizes.items()})
 
 
-def kernel_scales(scales: Scales) -> jax.Array | DoubleQuantScales:
-    """Return the scales [*rows, blocks] of one slice as the kernels take them: [N, blocks]."""
+def kernel_scales(scales: Scales, batch_ndim: int = 0) -> jax.Array | DoubleQuantScales:
+    """Return scales [*batch, *rows, blocks] as the kernels take them: [*batch, N, blocks]."""
     if isinstance(scales, DoubleQuant):
-        return kernel_form(scales)
+        return kernel_form(scales, batch_ndim)
     if isinstance(scales, CLASSES):
         scales = scales.decode()
-    return scales.reshape(-1, scales.shape[-1])
+    return scales.reshape(*scales.shape[:batch_ndim], -1, scales.shape[-1])
 
 
 def float_scales(scales: Scales) -> jax.Array:

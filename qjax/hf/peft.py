@@ -24,6 +24,7 @@ from qjax.hf.peft_names import PREFIX, Fused, known_family, peft_names, saved_ar
 from qjax.hf.peft_part import Part
 from qjax.models import MaskedLM, Seq2SeqLM
 from qjax.models.base import Pretrained
+from qjax.models.fuse import refuse_fused
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_adapter import save_param
 from qjax.nn.nnx_layer import LoraLayer
@@ -51,6 +52,7 @@ def load_adapter(model: Pretrained, path, *, name: str = "default") -> Pretraine
             those that its config names.
         NotImplementedError: a kind of adapter other than these.
     """
+    refuse_fused(model, "load_adapter")
     folder = Path(path).expanduser()
     config = PeftConfig.read(folder)
     check_name(model, name)
@@ -86,6 +88,7 @@ def save_adapter(model: Pretrained, path, *, base_model: str | None = None) -> N
         ValueError: the model has no adapter, one on a weight that PEFT has no layer for, or on a
             base that `base_model` has to name.
     """
+    refuse_fused(model, "save_adapter")
     names = peft_names(model)
     every = {f.path: f.layer for f in find_layers(model) if _config(f) is not None}
     replaced = saved_arrays(names)

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.dispatch import target
 from qjax.models.cache import KVCache, write
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
@@ -47,9 +49,13 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         if cache is not None:
-            cache, k, v = write(cache, layer, k, v)
-            k, v = k.astype(q.dtype), v.astype(q.dtype)
+            cache, *whole = write(cache, layer, k, v)
+            if (
+                context.mask is not None and context.mask.shape[-1] != k.shape[1]
+            ):  # earlier ones too
+                k, v = (x.astype(q.dtype) for x in whole)
         sinks = self.sinks[...] if c.attention_sinks else None
         out = attend(q, k, v, context, c.attention_scale, c.attention_softcap, sinks)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
@@ -91,9 +97,15 @@ def attend(
     """
     mask, bias = context.mask, context.bias
     if softcap is None and sinks is None:
-        return jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, scale=scale, is_causal=mask is None
-        )
+        if q.shape[1] == 1 and bias is None and mask is not None:
+            return _attend_one(q, k, v, mask, scale)
+        how: dict[str, Any] = {"scale": scale, "is_causal": mask is None}
+        if bias is None and _runs_cudnn(q, k):
+            if mask is not None:
+                mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn", **how)
+        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, **how)
+        return checkpoint_name(out, "attention")
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
@@ -112,4 +124,34 @@ def attend(
     weights = jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     weights = weights.reshape(batch, k.shape[2], -1, length, k.shape[1])
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(q.shape).astype(q.dtype)
+    return checkpoint_name(out.reshape(q.shape).astype(q.dtype), "attention")
+
+
+def _attend_one(q, k, v, mask, scale) -> jax.Array:
+    """Attend with one query a row, as in decoding: sums that read k and v once, as they lie.
+
+    Written as products they would be batched over heads, and k and v transposed for it.
+    """
+    batch, _, heads, head_dim = q.shape
+    queries = q.reshape(batch, k.shape[2], -1, 1, head_dim).astype(jnp.float32)
+    keys, values = (x.swapaxes(1, 2)[:, :, None].astype(jnp.float32) for x in (k, v))
+    logits = jnp.sum(queries * keys, axis=-1) * (head_dim**-0.5 if scale is None else scale)
+    logits = jnp.where(mask[:, :, 0, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1)  # [batch, kv_heads, group, slots]
+    return jnp.sum(weights[..., None] * values, axis=3).reshape(q.shape).astype(q.dtype)
+
+
+def _runs_cudnn(q: jax.Array, k: jax.Array) -> bool:
+    """Whether cuDNN's flash attention takes these, with its gradient (no smaller GPU has it)."""
+    where = target()
+    if where.capability is None or where.capability < (8, 0):
+        return False
+    widest = 256 if where.capability >= (9, 0) else 128
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.dtype == k.dtype
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= widest
+        and q.shape[1] % 2 == 0
+        and k.shape[1] % 2 == 0
+    )

@@ -21,5 +21,7 @@ class Pretrained(nnx.Module):
     def save_pretrained(self, path, layout: str = "bitsandbytes", **options) -> None:
         """Write a folder that Hugging Face's transformers loads: see `qjax.hf.save_pretrained`."""
         from qjax.hf.export import save_pretrained
+        from qjax.models.fuse import refuse_fused
 
+        refuse_fused(self, "save_pretrained")
         save_pretrained(self, path, layout, **options)

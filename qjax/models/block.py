@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qjax.models.attention import Attention
 from qjax.models.cache import KVCache
@@ -47,15 +48,15 @@ class Block(nnx.Module):
         normed = x if self.kind == "post" else self.input_layernorm(x)
         attended, cache = self.self_attn(normed, context, cache, layer)
         if self.kind == "post":
-            x = self.input_layernorm(x + attended)
+            x = checkpoint_name(self.input_layernorm(x + attended), "stream")
             x = self.post_attention_layernorm(x + self.mlp(x))
         elif self.kind == "sandwich":
-            x = x + self.post_attention_layernorm(attended)
+            x = checkpoint_name(x + self.post_attention_layernorm(attended), "stream")
             fed = self.mlp(self.pre_feedforward_layernorm(x))
             x = x + self.post_feedforward_layernorm(fed)
         elif self.kind == "parallel":
             x = x + attended + self.mlp(self.post_attention_layernorm(x))
         else:
-            x = x + attended
+            x = checkpoint_name(x + attended, "stream")
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x, cache

@@ -9,41 +9,49 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far.
 
     Attributes:
-        k, v: per layer [B, slots, kv_heads, head_dim] in a tuple; or all layers stacked in one
-            array [layers, B, slots, kv_heads, head_dim] for a model that scans over its layers.
+        k, v: per layer [B, kv_heads, slots, head_dim] in a tuple; or all layers stacked in one
+            array [layers, B, kv_heads, slots, head_dim] for a model that scans over its layers.
+            What a head reads lies together.
         valid: bool [B, slots].
-        length: int32 scalar, the slots written so far.
+        length: int32 scalar, the slots written so far; a NumPy scalar while nothing is written, so
+            that this is known when a call is traced.
     """
 
     k: tuple[jax.Array, ...] | jax.Array
     v: tuple[jax.Array, ...] | jax.Array
     valid: jax.Array
-    length: jax.Array
+    length: jax.Array | np.generic
 
     @property
     def slots(self) -> int:
         """Tokens a row can hold."""
         return self.valid.shape[1]
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is known to be empty."""
+        return isinstance(self.length, np.generic) and self.length == 0
+
 
 def init_cache(
     layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, stacked: bool
 ) -> KVCache:
     """Return an empty cache. `stacked` chooses one array for all layers over a tuple of arrays."""
-    shape = (batch, slots, kv_heads, head_dim)
+    shape = (batch, kv_heads, slots, head_dim)
 
     def zeros():
         if stacked:
             return jnp.zeros((layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
-    return KVCache(zeros(), zeros(), jnp.zeros((batch, slots), jnp.bool_), jnp.zeros((), jnp.int32))
+    return KVCache(zeros(), zeros(), jnp.zeros((batch, slots), jnp.bool_), np.int32(0))
 
 
 def write(
@@ -51,22 +59,23 @@ def write(
 ) -> tuple[KVCache, jax.Array, jax.Array]:
     """Write k and v of T tokens at the cache's length; return it and the layer's whole k and v.
 
-    k, v are [B, T, kv_heads, head_dim]. `layer` is an int for a tuple cache, and may be traced for
-    a stacked one. `valid` and `length` are the caller's: they move once a step, not once a layer.
+    k, v are [B, T, kv_heads, head_dim], and so are the whole ones. `layer` is an int for a tuple
+    cache, and may be traced for a stacked one. `valid` and `length` are the caller's: they move
+    once a step, not once a layer.
     """
     new_k, whole_k = _write(cache.k, layer, k, cache.length)
     new_v, whole_v = _write(cache.v, layer, v, cache.length)
     return cache._replace(k=new_k, v=new_v), whole_k, whole_v
 
 
-def _write(store, layer, new: jax.Array, start: jax.Array):
+def _write(store, layer, new: jax.Array, start):
+    new, zero = new.swapaxes(1, 2), np.int32(0)
     if isinstance(store, tuple):
-        whole = jax.lax.dynamic_update_slice_in_dim(
-            store[layer], new.astype(store[layer].dtype), start, axis=1
-        )
-        return (*store[:layer], whole, *store[layer + 1 :]), whole
+        new = new.astype(store[layer].dtype)
+        whole = jax.lax.dynamic_update_slice(store[layer], new, (zero, zero, start, zero))
+        return (*store[:layer], whole, *store[layer + 1 :]), whole.swapaxes(1, 2)
     # Only the new slots are written, so that a donated or loop-carried cache changes in place.
-    zero = jnp.zeros((), jnp.int32)
-    at = (jnp.asarray(layer, jnp.int32), zero, start, zero, zero)
+    at = (jnp.asarray(layer, jnp.int32), zero, zero, start, zero)
     store = jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], at)
-    return store, jax.lax.dynamic_index_in_dim(store, layer, axis=0, keepdims=False)
+    whole = jax.lax.dynamic_index_in_dim(store, layer, axis=0, keepdims=False)
+    return store, whole.swapaxes(1, 2)

@@ -1,17 +1,20 @@
 """A decoder-only language model in NNX: embedding, blocks, final norm, output head."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from qjax.generate import as_tokens, generate
+from qjax.generate import as_tokens, generate, stream
 from qjax.models.base import Pretrained
 from qjax.models.block import Block
 from qjax.models.cache import KVCache, init_cache
 from qjax.models.config import ModelConfig
 from qjax.models.context import causal_contexts, segment_positions
+from qjax.models.loss import as_labels, cross_entropy, next_labels
 from qjax.models.norm import make_norm
 from qjax.models.stack import make_layers, run_layers
 
@@ -66,18 +69,46 @@ class CausalLM(Pretrained):
             attention_mask: int32 or bool [B, T], 0 on padding (left, right or both). Logits at
                 padding are meaningless.
             positions: int32 [B, T]; None counts columns from 0 (for OPT, the real tokens).
-            segment_ids: int32 [B, T] of texts packed in one row, from 1, and 0 on padding, in place
-                of a mask: tokens see their own text alone, and positions begin anew in each.
+            segment_ids: int32 [B, T] of packed rows, the text that each token belongs to: tokens
+                see their own text alone, and positions count from its start.
         """
         ids, attention_mask = as_tokens(ids, attention_mask)
-        if segment_ids is not None:
-            if attention_mask is not None:
-                raise ValueError("segment_ids says what is padding: leave attention_mask out")
-            segment_ids = jnp.asarray(segment_ids)
-            attention_mask = segment_ids != 0
-            positions = segment_positions(segment_ids) if positions is None else positions
         hidden, _ = self.hidden(ids, attention_mask, positions=positions, segment_ids=segment_ids)
         return self.logits(hidden)
+
+    def loss(
+        self,
+        ids,
+        attention_mask=None,
+        *,
+        labels=None,
+        positions=None,
+        segment_ids=None,
+        chunk_size: int | None = None,
+    ) -> jax.Array:
+        """Return the mean negative log-likelihood, float32 [], of each token after those before it.
+
+        Logits are made and used a chunk of tokens at a time (`cross_entropy`).
+
+        Args:
+            ids, attention_mask, positions, segment_ids: as in a call. Nothing is predicted at
+                padding, nor a text's first token from the text before.
+            labels: int32 [B, T], in the place of `ids` as what is predicted; -100 is not. Column t
+                is predicted from the columns before t.
+            chunk_size: tokens of a chunk; None takes what makes 128 MiB of logits.
+
+        Example:
+            >>> config = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+            ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+            >>> CausalLM(config, rngs=nnx.Rngs(0)).loss(jnp.ones((1, 4), jnp.int32)).shape
+            ()
+        """
+        ids, attention_mask = as_tokens(ids, attention_mask)
+        labels = ids if labels is None else as_labels(labels, ids)
+        segments = None if segment_ids is None else as_labels(segment_ids, ids, "segment_ids")
+        predicted = next_labels(labels, attention_mask, segments)
+        hidden, _ = self.hidden(ids, attention_mask, positions=positions, segment_ids=segments)
+        return cross_entropy(self.logits, hidden, predicted, chunk_size=chunk_size)
 
     def hidden(
         self,
@@ -91,14 +122,23 @@ class CausalLM(Pretrained):
         """Return the normed stream [B, T, hidden] and the cache with these tokens appended.
 
         With a cache, `ids` take the next T slots and also attend to the valid slots before them.
+
+        Raises:
+            ValueError: `segment_ids` of another shape than ids, or with a cache.
         """
         if attention_mask is not None:
             attention_mask = attention_mask != 0
-        if positions is None:
+        if segment_ids is not None:
+            if cache is not None:
+                raise ValueError("segment_ids cannot be used with a cache")
+            segment_ids = as_labels(segment_ids, ids, "segment_ids")
+        if positions is None and segment_ids is not None:
+            positions = segment_positions(segment_ids)
+        elif positions is None:
             positions = self._positions(ids, attention_mask, cache)
         length = ids.shape[1]
         contexts, cache = causal_contexts(
-            self.config, length, attention_mask, positions, cache, segments=segment_ids
+            self.config, length, attention_mask, positions, cache, segment_ids=segment_ids
         )
         x = self._embed(ids, positions)
         x, cache = run_layers(self.layers, self.config, x, contexts, cache)
@@ -136,12 +176,16 @@ class CausalLM(Pretrained):
         """Continue each row of `ids`; the options are those of `qjax.generate.generate`."""
         return generate(self, ids, attention_mask, **options)
 
+    def stream(self, ids, attention_mask=None, **options) -> Iterator[np.ndarray]:
+        """Yield the new tokens of `generate` as they come: see `qjax.generate.stream`."""
+        return stream(self, ids, attention_mask, **options)
+
     def _positions(self, ids, attention_mask, cache: KVCache | None) -> jax.Array:
         if self.config.positions_from_mask and attention_mask is not None:
             before = 0 if cache is None else cache.valid.sum(axis=1, keepdims=True, dtype=jnp.int32)
             counted = jnp.cumsum(attention_mask, axis=1, dtype=jnp.int32)
             return jnp.where(attention_mask, before + counted - 1, 0)
-        start = 0 if cache is None else cache.length
+        start = jnp.int32(0 if cache is None else cache.length)
         return jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
 
     def _embed(self, ids: jax.Array, positions: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+REMAT_SAVES = ("attention", "stream", "qkv", "gate_up")  # activations of a block
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as config.json spells them
 
 
@@ -146,6 +147,8 @@ class ModelConfig:
         scan_layers: one stacked block under `jax.lax.scan` in place of a list of blocks: compiles
             in the time of one layer.
         remat: recompute each block in the backward pass in place of keeping its activations.
+        remat_saves: with `remat`, activations of a block that are kept all the same: any of
+            "attention" (its result), "stream" (between attention and MLP), "qkv", "gate_up".
     """
 
     vocab_size: int
@@ -185,6 +188,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     scan_layers: bool = False
     remat: bool = False
+    remat_saves: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_types(self)
@@ -216,6 +220,8 @@ class ModelConfig:
             )
         if self.positions == "learned" and not self.max_position_embeddings:
             raise ValueError("positions='learned' needs max_position_embeddings")
+        if not set(self.remat_saves) <= set(REMAT_SAVES):
+            raise ValueError(f"remat_saves={self.remat_saves} must be among {REMAT_SAVES}")
         if SLIDING in self.kinds and (self.sliding_window or 0) < 1:
             raise ValueError(f"sliding_window={self.sliding_window!r} must be a positive int")
 

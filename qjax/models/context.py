@@ -21,6 +21,7 @@ class Context(NamedTuple):
 
     Attributes:
         mask: bool [B or 1, 1, T or 1, slots], True where a query sees a key; None: plain causal.
+            With a cache, slots are all of its own; where it was empty, those of this call alone.
         bias: float32 [B or 1, heads, T or 1, slots], added to the attention logits; or None.
         rope: cosines and sines as `rope.rotation` returns them; or None.
     """
@@ -37,7 +38,7 @@ def causal_contexts(
     positions: jax.Array | None,
     cache: KVCache | None,
     relative: Callable[[jax.Array], jax.Array] | None = None,
-    segments: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
 ) -> tuple[Mapping[str, Context], KVCache | None]:
     """Return a `Context` for each kind of layer, and the cache with `valid` moved.
 
@@ -48,25 +49,27 @@ def causal_contexts(
         cache: None, or the cache whose next T slots these tokens take.
         relative: makes the bias of all layers from the distances int32 [B or 1, T, slots] of each
             query behind each key, in real tokens.
-        segments: int32 [B, T], without a cache: tokens see those of their own number alone.
+        segment_ids: int32 [B, T], the text that each token of a packed row belongs to; without a
+            cache only.
     """
+    fresh = cache is not None and cache.is_fresh
     real, start, cache = _real_slots(length, attention_mask, cache)
     bias, contexts = None, {}
     if config.positions == "alibi":
         bias = alibi(config.num_attention_heads, _order(real))
     if relative is not None:
         bias = relative(_distance(real, length, start))
-    plain = cache is None and attention_mask is None and SLIDING not in config.kinds
-    plain = plain and segments is None
-    seen = _causal(real, length, start)
-    if segments is not None:
-        seen &= (segments[:, :, None] == segments[:, None, :])[:, None]
-    causal = None if plain else seen
+    alone = cache is None or fresh
+    unmasked = attention_mask is None and segment_ids is None
+    plain = alone and unmasked and SLIDING not in config.kinds
+    full = _causal(real, length, start)
+    if segment_ids is not None:
+        full &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     for kind in set(config.kinds):
-        mask, rope = causal, config.rope
+        mask, rope = None if plain else full, config.rope
         if kind == SLIDING:
             near = _distance(real, length, start) < (config.sliding_window or 0)
-            mask, rope = seen & near[:, None], config.sliding_rope or rope
+            mask, rope = full & near[:, None], config.sliding_rope or rope
         angles = None
         if config.positions == "rope" and positions is not None:
             # One choice for all tokens of a cache, whose keys are rotated already.
@@ -76,11 +79,17 @@ def causal_contexts(
     return contexts, cache
 
 
-def segment_positions(segments: jax.Array) -> jax.Array:
-    """Return the place of each token [B, T] in its own segment, from 0."""
-    column = jnp.arange(segments.shape[1])
-    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-    return column - jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Return each token's place in its text, int32 [B, T], from the texts' ids of packed rows.
+
+    Example:
+        >>> segment_positions(jnp.array([[1, 1, 1, 2, 2]]))
+        Array([[0, 1, 2, 0, 1]], dtype=int32)
+    """
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    starts = jnp.where((segment_ids != before) & (index > 0), index, 0)
+    return index - jax.lax.cummax(starts, axis=1)
 
 
 def encoder_contexts(
@@ -105,7 +114,8 @@ def _real_slots(length, attention_mask, cache):
     rows = cache.valid.shape[0]
     new = jnp.ones((rows, length), jnp.bool_) if attention_mask is None else attention_mask
     valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, cache.length, axis=1)
-    return valid, cache.length, cache._replace(valid=valid)
+    moved = cache._replace(valid=valid)
+    return (new, 0, moved) if cache.is_fresh else (valid, cache.length, moved)
 
 
 def _order(real: jax.Array) -> jax.Array:

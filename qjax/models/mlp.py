@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qjax.models.config import ModelConfig
 
@@ -49,9 +50,11 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., hidden] to the same."""
         if self.kind == "plain":
-            return self.down_proj(self.activation(self.up_proj(x)))
+            return self.down_proj(self.activation(checkpoint_name(self.up_proj(x), "gate_up")))
         if self.kind == "gated":
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = (
+                checkpoint_name(layer(x), "gate_up") for layer in (self.gate_proj, self.up_proj)
+            )
         else:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            gate, up = jnp.split(checkpoint_name(self.gate_up_proj(x), "gate_up"), 2, axis=-1)
         return self.down_proj(self.activation(gate) * up)

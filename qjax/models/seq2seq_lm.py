@@ -132,7 +132,7 @@ class Decoding(nnx.Module):
 
     def __init__(self, model: Seq2SeqLM, memory: Memory):
         self.model = model
-        self.config = model.config
+        self.config, self.dtype = model.config, model.dtype
         self.memory = nnx.Cache(memory)
 
     def init_cache(self, batch: int, slots: int) -> KVCache:

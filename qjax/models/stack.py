@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.dispatch import target
+from qjax.core.qslice import QSlice
+from qjax.core.qtensor import QTensor
 from qjax.models.cache import KVCache
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
+from qjax.models.remat import remat_policy
+from qjax.nn.nnx_param import QuantParam
+
+_UNROLL = 4  # layers of a turn of the loop in generation on a GPU
 
 
 def make_layers(make: Callable[[nnx.Rngs], nnx.Module], config: ModelConfig, rngs: nnx.Rngs):
@@ -31,7 +38,9 @@ def run_layers(
 
 
 def _loop(layers, config, x, contexts, cache):
-    call = nnx.remat(_call, static_argnums=(4,)) if config.remat else _call
+    call = _call
+    if config.remat and cache is None:  # generation has no backward pass
+        call = nnx.remat(_call, static_argnums=(4,), policy=remat_policy(config.remat_saves))
     for i, block in enumerate(layers):
         x, cache = call(block, x, contexts[config.kinds[i]], cache, i)
     return x, cache
@@ -42,25 +51,37 @@ def _call(block, x, context, cache, layer):
 
 
 def _scan(layers, config, x, contexts, cache):
-    # The cache is carried, so that XLA updates it in place. Of the layers' state only the random
-    # streams (dropout) come back out: the weights stay where they are.
-    graphdef, streams, weights = nnx.split(layers, nnx.RngState, ...)
+    # The cache is carried, so that XLA updates it in place. 4-bit weights are not sliced layer by
+    # layer, which would copy them: the products index the stack. Of the layers' state only the
+    # random streams (dropout) come back out.
+    graphdef, streams, packed, weights = nnx.split(layers, nnx.RngState, QuantParam, ...)
     kinds = sorted(contexts)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(contexts[k] for k in kinds))
 
     def body(carry, layer):
         x, cache = carry
         index, kind, streams, weights = layer
-        block = nnx.merge(graphdef, streams, weights)
+        sliced = jax.tree.map(lambda q: QSlice(q, index), packed, is_leaf=_is_qtensor)
+        block = nnx.merge(graphdef, streams, sliced, weights)
         context = contexts[kinds[0]]
         if len(kinds) > 1:
             context = jax.tree.map(lambda leaf: leaf[kind], stacked)
         carry = block(x, context, cache, index)
         return carry, nnx.state(block, nnx.RngState)
 
-    body = jax.checkpoint(body) if config.remat else body
-    indices = jnp.arange(config.num_hidden_layers)
+    if config.remat and cache is None:
+        body = jax.checkpoint(body, policy=remat_policy(config.remat_saves))
+    indices = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
     kind_of = jnp.asarray([kinds.index(kind) for kind in config.kinds])
-    carry, streams = jax.lax.scan(body, (x, cache), (indices, kind_of, streams, weights))
+    # A step of generation is many short kernels: fewer turns of the loop, less time between them.
+    # Float weights would be sliced for several layers at a time: copied.
+    short = cache is not None and x.shape[1] == 1 and target().is_cuda
+    unroll = _UNROLL if short and jax.tree.leaves(packed) else 1
+    layers_of = indices, kind_of, streams, weights
+    carry, streams = jax.lax.scan(body, (x, cache), layers_of, unroll=unroll)
     nnx.update(layers, streams)
     return carry
+
+
+def _is_qtensor(node) -> bool:
+    return isinstance(node, QTensor)

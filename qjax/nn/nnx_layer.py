@@ -15,6 +15,7 @@ from flax import nnx
 
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
+from qjax.core.qslice import QSlice, taken
 from qjax.core.qtensor import QTensor
 from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig, init_adapter
@@ -22,7 +23,7 @@ from qjax.nn.nnx_adapter import ADAPTER_ATTRIBUTES
 from qjax.nn.nnx_param import QuantParam, quant_metadata
 from qjax.ops import trace
 from qjax.ops.dora import column_norms, dora_output, dora_weight
-from qjax.ops.lora import lora_weight
+from qjax.ops.lora import block_diagonal, lora_weight
 
 DEFAULT = QuantConfig()
 
@@ -36,6 +37,8 @@ class LoraLayer(nnx.Module):
         lora_magnitude: `nnx.LoRAParam` [*batch, *out] of DoRA, None for plain LoRA.
         lora_name: of the adapter; `qjax.set_adapter` puts others in its place.
         lora_dropout: `nnx.Dropout` on the adapter's input, None for no dropout.
+        sections: of a layer that stands for several with one input, their output features; each
+            has its own adapter: A is [..., sections * rank], and B is theirs side by side.
     """
 
     float_class: type
@@ -47,6 +50,7 @@ class LoraLayer(nnx.Module):
     lora_magnitude: Any = None
     lora_dropout: Any = None
     lora_name: str = "default"
+    sections: Any = None
     bias: Any = None
 
     def weight_axes(self) -> WeightAxes:
@@ -66,9 +70,12 @@ class LoraLayer(nnx.Module):
         """
         axes = self.weight_axes()
         batch = self._stack() + axes.shape[: axes.batch_ndim]
-        a, b = init_adapter(
-            rngs.params(), axes.contract_shape, axes.out_shape, config, batch, dtype
-        )
+        outputs = [(n,) for n in self.sections] if self.sections else [axes.out_shape]
+        parts = [
+            init_adapter(rngs.params(), axes.contract_shape, out, config, batch, dtype)
+            for out in outputs
+        ]
+        a, b = (jnp.concatenate(factor, axis=-1) for factor in zip(*parts, strict=True))
         self.put_adapter(config, a, b, rngs=rngs)
 
     def put_adapter(
@@ -105,17 +112,21 @@ class LoraLayer(nnx.Module):
         It is summed in float32 and rounded once to `dtype` (default: the weight's own).
         """
         variable = getattr(self, self.weight_name)
-        q = variable.get_raw_value()
+        q = taken(variable.get_raw_value())
         dtype = jnp.dtype(variable.dtype if dtype is None else dtype)
         if self.lora_a is None:
             return q.dequantize(dtype) if isinstance(q, QTensor) else q.astype(dtype)
         w = q.dequantize(jnp.float32) if isinstance(q, QTensor) else q.astype(jnp.float32)
         axes, scaling = self.weight_axes(), self.lora_config.scaling
         where = axes.contract_axes, w.ndim - len(axes.shape) + axes.batch_ndim
-        a, b = self.lora_a[...], self.lora_b[...]
         if self.lora_magnitude is not None:
-            return dora_weight(w, a, b, self.lora_magnitude[...], scaling, *where).astype(dtype)
-        return (w + scaling * lora_weight(a, b, *where)).astype(dtype)
+            magnitude = self.lora_magnitude[...]
+            return dora_weight(w, *self._factors(), magnitude, scaling, *where).astype(dtype)
+        return (w + scaling * lora_weight(*self._factors(), *where)).astype(dtype)
+
+    def _factors(self) -> tuple[jax.Array, jax.Array]:
+        """Return A and B, whose product is the whole update."""
+        return self.lora_a[...], block_diagonal(self.lora_b[...], self.sections)
 
     def _stack(self) -> tuple[int, ...]:
         shape = getattr(self, self.weight_name).shape
@@ -130,7 +141,7 @@ class LoraLayer(nnx.Module):
             contract_axes=axes.contract_axes,
             batch_ndim=len(w.shape) - len(axes.shape) + axes.batch_ndim,
         )
-        args = w, self.lora_a[...], self.lora_b[...]
+        args = w, *self._factors()
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
         return jax.eval_shape(norms, *args) if abstract else norms(*args)
 
@@ -153,8 +164,9 @@ class LoraLayer(nnx.Module):
         if self.lora_a is None:
             return y
         dropped = x if self.lora_dropout is None else self.lora_dropout(x)
-        delta = product(dropped.astype(self._adapter_dtype(y)), self.lora_a[...], self.lora_b[...])
-        delta = delta * self.lora_config.scaling
+        # B is scaled, not the product: it is small, and the sum can be one with the product.
+        b = self.lora_b[...] * self.lora_config.scaling
+        delta = product(dropped.astype(self._adapter_dtype(y)), self.lora_a[...], b)
         if self.lora_magnitude is None:
             return y + delta.astype(y.dtype)
         again = None if dropped is x else base(dropped)
@@ -244,7 +256,7 @@ class QuantLayer(LoraLayer):
         return x, bias, self.preferred_element_type or weight.dtype
 
     @property
-    def _weight(self) -> QTensor:
+    def _weight(self) -> QTensor | QSlice:
         return getattr(self, self.weight_name).q
 
     def _multiply(self, op, *args: Any) -> jax.Array:

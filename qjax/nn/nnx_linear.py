@@ -1,5 +1,6 @@
 """nnx.Linear and nnx.LinearGeneral with adapters, and in 4 bits."""
 
+import functools
 import math
 
 import jax
@@ -26,8 +27,9 @@ class LoraLinear(LoraLayer, nnx.Linear):
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the layer to [..., in_features]."""
         y = self._base(inputs, out_sharding)
+        product = functools.partial(lora_matmul, sections=self.sections)
         base = lambda x: self._base(x, out_sharding)  # noqa: E731
-        return self._adapt(y, inputs, lora_matmul, lambda v: _spread(v, y.ndim), base)
+        return self._adapt(y, inputs, product, lambda v: _spread(v, y.ndim), base)
 
     def _base(self, inputs, out_sharding):
         return nnx.Linear.__call__(self, inputs, out_sharding=out_sharding)

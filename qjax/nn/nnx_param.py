@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qjax.core.qslice import taken
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
 from qjax.ops.take import take
@@ -22,7 +23,8 @@ _DECODED_OPERATORS += ("matmul", "rmatmul")
 class QuantParam(nnx.Variable):
     """A frozen 4-bit weight in the place of an `nnx.Param`; not a Param itself.
 
-    Its value, and so the leaf in states and checkpoints, is a `QTensor` (`.q`). Code that knows
+    Its value, and so the leaf in states and checkpoints, is a `QTensor` (`.q`); inside a scan over
+    stacked layers it is a `QSlice`. Code that knows
     nothing of this, such as `layer.kernel[...]`, `x @ layer.kernel` or `jnp.dot(x, layer.kernel)`,
     gets the decoded array, of the logical dtype and with no gradient.
 
@@ -33,14 +35,14 @@ class QuantParam(nnx.Variable):
     """
 
     @property
-    def q(self) -> QTensor:
-        """The QTensor."""
+    def q(self) -> Any:
+        """The QTensor, or `QSlice`."""
         return self.get_raw_value()
 
     def decode(self) -> jax.Array:
         """Return the weight as a float array; `qjax.report` lists the use as a decode."""
         with trace.leaf(self.get_metadata().get("path")):
-            trace.record("decode", "whole weight", self.q)
+            trace.record("decode", "whole weight", taken(self.q))
         return jax.lax.stop_gradient(self.q.dequantize())
 
     def get_value(self, *, index: Any = None) -> Any:

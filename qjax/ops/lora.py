@@ -4,6 +4,7 @@ For a weight with contract axes C and other axes O, A is [*batch, *C, rank] and 
 [*batch, rank, *O]: both keep the weight's own axes, so that they shard as it does.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -11,10 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import target
 from qjax.ops.matmul import parse
 
+_FEW_ROWS = 32  # up to here a product with B takes the time of a kernel, not of its bytes
 
-def lora_matmul(x: jax.Array, a: jax.Array, b: jax.Array, batch_ndim: int = 0) -> jax.Array:
+
+def lora_matmul(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    batch_ndim: int = 0,
+    sections: tuple[int, ...] | None = None,
+) -> jax.Array:
     """Return (x A) B for x [*batch, ..., K]: [*batch, ..., *out], in x's dtype.
 
     Args:
@@ -22,20 +32,61 @@ def lora_matmul(x: jax.Array, a: jax.Array, b: jax.Array, batch_ndim: int = 0) -
         a: [*batch, *contract, rank].
         b: [*batch, rank, *out].
         batch_ndim: number of batch axes.
+        sections: of a layer that stands for several: see `block_diagonal`.
     """
     batch, rank = a.shape[:batch_ndim], a.shape[-1]
     lead, out = x.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
+    rows = math.prod(lead)
+    # Products of 16-bit operands accumulate in float32; a float32 result would only be rounded.
     hidden = jnp.matmul(
-        x.reshape(*batch, math.prod(lead), x.shape[-1]),
+        x.reshape(*batch, rows, x.shape[-1]),
         a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
-        preferred_element_type=jnp.float32,
     )
-    y = jnp.matmul(
-        hidden.astype(x.dtype),
-        b.reshape(*batch, rank, math.prod(out)).astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype).reshape(*batch, *lead, *out)
+    if not batch and rows <= _FEW_ROWS and target().is_cuda:
+        y = few_rows(hidden, b.reshape(b.shape[0], -1), sections)
+    else:
+        b = block_diagonal(b, sections)
+        y = jnp.matmul(hidden, b.reshape(*batch, rank, math.prod(out)).astype(x.dtype))
+    return y.reshape(*batch, *lead, *out)
+
+
+def block_diagonal(b: jax.Array, sections: tuple[int, ...] | None) -> jax.Array:
+    """Return B [..., rank, N] of several layers side by side as [..., sections * rank, N].
+
+    Each layer has its own part of the hidden axis and of N: zero where they do not meet. None, for
+    one layer, is B itself.
+
+    Example:
+        >>> block_diagonal(jnp.ones((1, 3)), (1, 2))
+        Array([[1., 0., 0.],
+               [0., 1., 1.]], dtype=float32)
+    """
+    if sections is None:
+        return b
+    count, rank = len(sections), b.shape[-2]
+    owner = np.repeat(np.arange(count), sections)
+    mine = np.repeat(np.arange(count), rank)[:, None] == owner[None, :]
+    stacked = jnp.concatenate([b] * count, axis=-2)
+    return jnp.where(mine.reshape((1,) * (b.ndim - 2) + mine.shape), stacked, 0)
+
+
+def few_rows(hidden: jax.Array, b: jax.Array, sections: tuple[int, ...] | None) -> jax.Array:
+    """Return hidden [M, sections * rank] times B [rank, N] as a sum written out over the rank.
+
+    The compiler fuses it into whatever adds it up, where a product would be a kernel of its own:
+    in decoding, the time of a kernel is mostly that it is one.
+    """
+    rank = b.shape[0]
+    ends = np.cumsum(sections or (b.shape[1],))
+    parts = []
+    for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends)):
+        terms = (
+            hidden[:, i * rank + r, None].astype(jnp.float32)
+            * b[r, None, start:end].astype(hidden.dtype).astype(jnp.float32)
+            for r in range(rank)
+        )
+        parts.append(functools.reduce(jnp.add, terms))
+    return jnp.concatenate(parts, axis=-1).astype(hidden.dtype)
 
 
 def lora_einsum(

@@ -14,19 +14,20 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from qjax.core.double_quant import DoubleQuant, dynamic_table
+from qjax.core.qslice import QSlice, taken
 from qjax.core.qtensor import QTensor
 from qjax.core.scales import AffineScales, float_scales, kernel_scales
 from qjax.ops import eight_bit, trace
 from qjax.ops.partition import product
 
 
-def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> jax.Array:
+def matmul(x: jax.Array, q: QTensor | QSlice, *, implementation: str | None = None) -> jax.Array:
     """Multiply x by a quantized weight: `x @ q.dequantize(x.dtype)`, accumulated in float32.
 
     Args:
         x: floating [*batch, ..., K], where K is the product of q's contract axes and `batch` are
             q's batch axes, if it has any.
-        q: the weight.
+        q: the weight, or one slice of a stack of weights, read where it is.
         implementation: None for the fastest that can run; "xla", "mosaic_gpu" or "triton".
 
     Returns:
@@ -43,11 +44,11 @@ def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> ja
         (2, 8)
     """
     _check_operands(x, q)
+    if isinstance(q, QSlice) and _reads_in_place(q):
+        return _slice_matmul(x, q, implementation)
+    q = taken(q)
     k, batch = math.prod(q.contract_shape), q.batch_shape
-    fits = x.ndim > len(batch) and x.shape[: len(batch)] == batch and x.shape[-1] == k
-    if not fits:
-        expected = [*batch, "...", k]
-        raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
+    _check_rows(x, q)
     lead = x.shape[len(batch) : -1]
     _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
     x = x.reshape(*batch, math.prod(lead), k)
@@ -56,8 +57,35 @@ def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> ja
     return y.reshape(*batch, *lead, *q.out_shape)
 
 
+def _check_rows(x: jax.Array, q: QTensor, batch_ndim: int | None = None) -> None:
+    """Raise unless x ends in what one slice of q contracts; `batch_ndim` axes of q count."""
+    batch = q.batch_shape[:batch_ndim]
+    k = math.prod(q.contract_shape)
+    fits = x.ndim > len(batch) and x.shape[: len(batch)] == batch and x.shape[-1] == k
+    if not fits:
+        expected = [*batch, "...", k]
+        raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
+
+
+def _reads_in_place(q: QSlice) -> bool:
+    """Whether the kernels can index the stack: one stacked axis, rows, and one device."""
+    stack = q.stack
+    plain = stack.kind.bits == 4 and not isinstance(stack.scales, AffineScales)
+    rows = stack.layout == "rows" and len(stack.batch_shape) == 1
+    return plain and rows and jax.device_count() == 1
+
+
+def _slice_matmul(x: jax.Array, q: QSlice, implementation) -> jax.Array:
+    stack, lead = q.stack, x.shape[:-1]
+    _check_rows(x, stack, 0)
+    _record("matmul", math.prod(lead), x.dtype, stack, False, implementation)
+    x = x.reshape(-1, x.shape[-1])
+    trace.observe(x, stack)
+    return _slice_product(x, q, False, implementation).reshape(*lead, *stack.out_shape)
+
+
 def einsum(
-    equation: str, x: jax.Array, q: QTensor, *, implementation: str | None = None
+    equation: str, x: jax.Array, q: QTensor | QSlice, *, implementation: str | None = None
 ) -> jax.Array:
     """Contract x with a quantized weight: `jnp.einsum(equation, x, q.dequantize(x.dtype))`.
 
@@ -83,6 +111,7 @@ def einsum(
         (1, 3, 2, 4)
     """
     _check_operands(x, q)
+    q = taken(q)
     x_axes, q_axes, out_axes = parse(equation, x.ndim, q.ndim)
     sizes = dict(zip(q_axes, q.shape, strict=True))
     for axis, size in zip(x_axes, x.shape, strict=True):
@@ -166,7 +195,7 @@ def _warn_decoded(equation: str, contract_axes: tuple[int, ...]) -> None:
 
 
 def _check_operands(x, q) -> None:
-    if not isinstance(q, QTensor):
+    if not isinstance(q, QTensor | QSlice):
         raise TypeError(f"q must be a QTensor, got {type(q).__name__}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating, got {x.dtype}")
@@ -214,6 +243,8 @@ def _product(x, q, transpose, implementation):
 # dL/dx = g W: the same product transposed, from the same packed bytes. There is no dL/dW.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _slice_product(x, q, transpose, implementation):
+    if isinstance(q, QSlice):
+        return _product_in_place(x, q, transpose, implementation)
     if q.layout == "flat":
         rows = q.dequantize(x.dtype).transpose(*q.out_axes, *q.contract_axes)
         w = rows.reshape(math.prod(q.out_shape), math.prod(q.contract_shape))
@@ -246,13 +277,29 @@ def _offset_product(x, scales: AffineScales, block_size: int, transpose: bool):
     return (blocks @ offsets.T).astype(x.dtype)
 
 
+def _product_in_place(x, q: QSlice, transpose, implementation):
+    stack = q.stack
+    packed = stack.packed.reshape(len(stack.packed), -1, stack.packed.shape[-1])
+    return pallas_kernels.matmul(
+        x,
+        packed,
+        kernel_scales(stack.scales, batch_ndim=1),
+        jnp.asarray(stack.codebook),
+        block_size=stack.block_size,
+        transpose=transpose,
+        layer=q.index,
+        implementation=implementation,
+    )
+
+
 def _product_fwd(x, q, transpose, implementation):
     return _slice_product(x, q, transpose, implementation), q
 
 
 def _product_bwd(transpose, implementation, q, g):
     # Gradients are multiplied by the weight as it is: LLM.int8() has 8-bit activations only.
-    q = dataclasses.replace(q, int8_threshold=None)
+    if isinstance(q, QTensor):  # a QSlice has 4 bits
+        q = dataclasses.replace(q, int8_threshold=None)
     return _slice_product(g, q, not transpose, implementation), None
 
 
