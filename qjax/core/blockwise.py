@@ -1,11 +1,13 @@
 """quantize: a float weight to a QTensor, slice by slice."""
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import quantize as quantize_rows
 from pallas_kernels.packing import pack
@@ -13,8 +15,9 @@ from pallas_kernels.quantize.reference import SMALLEST_SCALE, encode, normalize,
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
 from qjax.core.config import QuantConfig
-from qjax.core.double_quant import quantize_scales
-from qjax.core.qtensor import QTensor, layout_for
+from qjax.core.double_quant import DoubleQuant, quantize_scales
+from qjax.core.placement import on_mesh, place, sharding_of, weight_shardings
+from qjax.core.qtensor import QTensor, array_shapes, layout_for
 
 DEFAULT = QuantConfig()
 
@@ -30,8 +33,11 @@ def quantize(
 ) -> QTensor:
     """Quantize a weight to 4 bits in blocks along its contract axes.
 
+    On a mesh the codes and scales are sharded as w is; the second level of double quantization is
+    on every device.
+
     Args:
-        w: floating array; a Flax kernel is [in, out].
+        w: floating array, or a `jax.ShapeDtypeStruct`; a Flax kernel is [in, out].
         cfg: format, block size and double quantization; its patterns are not used here.
         contract_axes: axes, counted in one slice, that a matmul sums over: blocks run along them.
         check_finite: refuse NaN and inf where they can be seen, that is outside `jit`.
@@ -42,7 +48,8 @@ def quantize(
         A `QTensor` of w's shape and dtype.
 
     Raises:
-        ValueError: axes out of range, an empty weight, NaN or inf.
+        ValueError: axes out of range, an empty weight, NaN or inf, or a shard of w that would
+            split a block.
         TypeError: w is not a floating array.
 
     Example:
@@ -59,14 +66,33 @@ def quantize(
     axes = _contract_axes(contract_axes, w.ndim - batch_ndim, name)
     if w.size == 0:
         raise ValueError(f"{name} must not be empty, got shape {w.shape}")
-    dtype = jnp.dtype(w.dtype)
-    arrays = _quantize(w, cfg.format, cfg.block_size, cfg.double_quant, axes, batch_ndim)
-    packed, scales, finite = arrays
+    static = cfg.format, cfg.block_size, cfg.double_quant, axes, batch_ndim
+    sharding, placed = sharding_of(w), None
+    if sharding is not None:
+        placed = weight_shardings(_abstract(w, cfg, axes, batch_ndim), sharding, name)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        w = jax.ShapeDtypeStruct(w.shape, w.dtype)
+        q = _tensor(w, cfg, axes, batch_ndim, jax.eval_shape(lambda w: _quantize(w, *static)[:2], w))
+        return q if placed is None else place(q, placed)
+    packed, scales, finite = _quantize(w, *static, placed)
     if check_finite and is_concrete(finite) and not finite:
         raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
+    return _tensor(w, cfg, axes, batch_ndim, (packed, scales))
+
+
+def _tensor(w, cfg, axes, batch_ndim, arrays) -> QTensor:
     slice_shape = tuple(w.shape[batch_ndim:])
     layout = layout_for(math.prod(slice_shape[i] for i in axes), cfg.block_size)
-    return QTensor(packed, scales, slice_shape, dtype, cfg.format, cfg.block_size, axes, layout)
+    dtype = jnp.dtype(w.dtype)
+    return QTensor(*arrays, slice_shape, dtype, cfg.format, cfg.block_size, axes, layout)
+
+
+def _abstract(w, cfg, axes, batch_ndim) -> QTensor:
+    """Return a QTensor that knows its batch axes and which arrays it has."""
+    scales = DoubleQuant(None, None, None) if cfg.double_quant else None
+    q = _tensor(w, cfg, axes, batch_ndim, (None, scales))
+    shape = (*w.shape[:batch_ndim], *array_shapes(q)[0])
+    return dataclasses.replace(q, packed=jax.ShapeDtypeStruct(shape, jnp.uint8))
 
 
 def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:
@@ -79,33 +105,44 @@ def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:
     return normal
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _quantize(w, format, block_size, double_quant, contract_axes, batch_ndim):
-    def one(w):
-        return _quantize_slice(w, format, block_size, double_quant, contract_axes)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _quantize(w, format, block_size, double_quant, contract_axes, batch_ndim, placed=None):
+    def first_level(w):
+        one = functools.partial(_quantize_slice, table, block_size, contract_axes)
+        return _map_slices(one, batch_ndim, w)
 
-    if batch_ndim == 0:
-        return one(w)
-    batch = w.shape[:batch_ndim]
-    # lax.map, not vmap: the temporaries are those of one slice.
-    packed, scales, finite = jax.lax.map(one, w.reshape(-1, *w.shape[batch_ndim:]))
-    packed, scales = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), (packed, scales))
-    return packed, scales, finite.all()
-
-
-def _quantize_slice(w, format, block_size, double_quant, contract_axes):
     table = codebook(format)
+    if placed is None:
+        packed, scales = first_level(w)
+    else:
+        # The whole of the scales on every device: a mean that is summed in parts differs in its
+        # last bits, and the codes of double quantization with it.
+        everywhere = NamedSharding(placed.packed.mesh, PartitionSpec())
+        packed, scales = on_mesh(first_level, (placed.packed, everywhere), w)
+    finite = jnp.isfinite(scales).all()
+    if double_quant:
+        scales = _map_slices(quantize_scales, batch_ndim, scales)
+    return packed, scales if placed is None else place(scales, placed.scales), finite
+
+
+def _map_slices(function, batch_ndim: int, a):
+    """Apply a function to each slice of [*batch, *slice]: its temporaries are those of one."""
+    if batch_ndim == 0:
+        return function(a)
+    batch = a.shape[:batch_ndim]
+    results = jax.lax.map(function, a.reshape(-1, *a.shape[batch_ndim:]))
+    return jax.tree.map(lambda r: r.reshape(*batch, *r.shape[1:]), results)
+
+
+def _quantize_slice(table, block_size, contract_axes, w):
     out_axes = [i for i in range(w.ndim) if i not in contract_axes]
     k = math.prod(w.shape[i] for i in contract_axes)
     rows = jnp.transpose(w, (*out_axes, *contract_axes)).reshape(-1, k)
-    if layout_for(k, block_size) == "rows":
-        packed, absmax = quantize_rows(rows, table, block_size=block_size)
-        out_shape = [w.shape[i] for i in out_axes]
-        packed, absmax = packed.reshape(*out_shape, -1), absmax.reshape(*out_shape, -1)
-    else:
-        packed, absmax = _quantize_line(rows.reshape(-1), table, block_size)
-    finite = jnp.isfinite(absmax).all()
-    return packed, quantize_scales(absmax) if double_quant else absmax, finite
+    if layout_for(k, block_size) == "flat":
+        return _quantize_line(rows.reshape(-1), table, block_size)
+    packed, absmax = quantize_rows(rows, table, block_size=block_size)
+    out_shape = [w.shape[i] for i in out_axes]
+    return packed.reshape(*out_shape, -1), absmax.reshape(*out_shape, -1)
 
 
 def _quantize_line(line, table: np.ndarray, block_size: int):

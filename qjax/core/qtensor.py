@@ -15,6 +15,7 @@ scan, vmap, stacking and indexing of the leaves keep every shape true.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -29,6 +30,7 @@ from pallas_kernels.scales import SECOND_LEVEL_BLOCK, decode_scales
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
 from qjax.core.double_quant import DoubleQuant, kernel_scales
+from qjax.core.placement import explicit_mesh, on_mesh, weight_sharding
 
 # Scales below this can have products with a table entry (0.0052 or more) below the normal floats.
 _SUBNORMAL_PRODUCTS = np.float32(2.0**-117)
@@ -114,6 +116,11 @@ class QTensor:
         return 8 * self.nbytes / self.size
 
     @property
+    def sharding(self) -> jax.sharding.NamedSharding | None:
+        """The mesh sharding of the float array that this stands for; None if there is none."""
+        return weight_sharding(self)
+
+    @property
     def codebook(self) -> np.ndarray:
         """The format's float32 [16] table."""
         return codebook(self.format)
@@ -130,11 +137,10 @@ class QTensor:
         """
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
         if _meets_subnormals(self):
-            return jnp.asarray(_decode_ieee(self, dtype))
-        decode = _decode_slice
-        for _ in self.batch_shape:
-            decode = jax.vmap(decode, in_axes=(0, None))
-        return decode(self, dtype)
+            return jax.device_put(_decode_ieee(self, dtype), self.sharding)
+        if explicit_mesh(self.packed) is not None:
+            return on_mesh(functools.partial(_decode, dtype=dtype), self.sharding, self)
+        return _decode(self, dtype)
 
     def check(self, name: str = "QTensor") -> None:
         """Raise ValueError, naming `name`, unless the arrays fit the static description."""
@@ -146,6 +152,13 @@ class QTensor:
             return f"QTensor({label}, slice {self.slice_shape}, packed={self.packed!r})"
         size = f"{self.nbytes / 1e6:.3g} MB, {self.bits_per_param:.3f} bits/param"
         return f"QTensor({list(self.shape)} {jnp.dtype(self.dtype).name}, {label}, {size})"
+
+
+def _decode(q: QTensor, dtype) -> jax.Array:
+    decode = _decode_slice
+    for _ in q.batch_shape:
+        decode = jax.vmap(decode, in_axes=(0, None))
+    return decode(q, dtype)
 
 
 def _decode_slice(q: QTensor, dtype) -> jax.Array:

@@ -6,7 +6,6 @@ names and meaning, so a layer changes its class in place and every reference to 
 """
 
 import copy
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -224,10 +223,7 @@ def quantize_weight(
     variable, name = getattr(layer, cls.weight_name), name or cls.weight_name
     axes, w = cls.weight_axes(layer), variable.get_raw_value()
     batch_ndim = stacked_ndim(tuple(w.shape), axes, name) + axes.batch_ndim
-    quantized = functools.partial(
-        quantize, cfg=config, contract_axes=axes.contract_axes, batch_ndim=batch_ndim, name=name
-    )
-    q = jax.eval_shape(quantized, w) if isinstance(w, jax.ShapeDtypeStruct) else quantized(w)
+    q = quantize(w, config, axes.contract_axes, batch_ndim=batch_ndim, name=name)
     return QuantParam(q, **quant_metadata(variable))
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
+from qjax.core.placement import explicit_mesh, place, sharding_of
 from qjax.core.qtensor import QTensor
-from qjax.ops import trace
-from qjax.ops.partition import product
+from qjax.ops import explicit, trace
+from qjax.ops.partition import local_product, product
 
 
 def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> jax.Array:
@@ -46,10 +47,8 @@ def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> ja
     if not fits:
         expected = [*batch, "...", k]
         raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
-    lead = x.shape[len(batch) : -1]
-    _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
-    y = _product(x.reshape(*batch, math.prod(lead), k), q, False, implementation)
-    return y.reshape(*batch, *lead, *q.out_shape)
+    _record("matmul", math.prod(x.shape[len(batch) : -1]), x.dtype, q, False, implementation)
+    return _product(x.reshape(*x.shape[:-1], *q.contract_shape), q, False, implementation)
 
 
 def einsum(
@@ -100,11 +99,10 @@ def einsum(
         return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
     summed, kept = (other, contract) if transpose else (contract, other)
     x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])
-    flat = [math.prod(sizes[a] for a in axes) for axes in (rows, summed)]
-    _record("einsum", flat[0], x.dtype, q, transpose, implementation)
-    y = _product(x.reshape(*q.batch_shape, *flat), q, transpose, implementation)
+    rows_count = math.prod(sizes[a] for a in rows)
+    _record("einsum", rows_count, x.dtype, q, transpose, implementation)
+    y = _product(x, q, transpose, implementation)
     y_axes = [*batch, *rows, *kept]
-    y = y.reshape([sizes[a] for a in y_axes])
     return jnp.transpose(y, [y_axes.index(a) for a in out_axes])
 
 
@@ -189,17 +187,46 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
 
 
 def _product(x, q, transpose, implementation):
-    """Multiply [*batch, M, K] by each slice: [*batch, M, N]; transposed, [*batch, M, N] to K."""
-    product = _slice_product
-    for _ in q.batch_shape:
-        product = jax.vmap(product, in_axes=(0, 0, None, None))
-    return product(x, q, transpose, implementation)
+    """Multiply [*batch, *rows, *summed] by q, or transposed: [*batch, *rows, *kept]."""
+    mesh = explicit_mesh(x, q.packed)
+    return _contract(x, q, transpose, implementation, mesh and sharding_of(x))
 
 
 # Conventions of the VJP: x [M, K], q decodes to W [N, K], y = x W^T [M, N], and g = dL/dy.
 # dL/dx = g W: the same product transposed, from the same packed bytes. There is no dL/dW.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _slice_product(x, q, transpose, implementation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _contract(x, q, transpose, implementation, sharding):
+    def flat(x, q, shard=None):
+        summed, kept = q.contract_shape, q.out_shape
+        if transpose:
+            summed, kept = kept, summed
+        rows = x.shape[len(q.batch_shape) : x.ndim - len(summed)]
+        multiply = _slice_product
+        for _ in q.batch_shape:
+            multiply = jax.vmap(multiply, in_axes=(0, 0, None, None, None))
+        x = x.reshape(*q.batch_shape, math.prod(rows), math.prod(summed))
+        y = multiply(x, q, transpose, implementation, shard)
+        return y.reshape(*q.batch_shape, *rows, *kept)
+
+    if sharding is None:
+        return flat(x, q)
+    return explicit.product(x, q, transpose, flat)
+
+
+def _contract_fwd(x, q, transpose, implementation, sharding):
+    return _contract(x, q, transpose, implementation, sharding), q
+
+
+def _contract_bwd(transpose, implementation, sharding, q, g):
+    dx = _contract(g, q, not transpose, implementation, sharding)
+    return dx if sharding is None else place(dx, sharding), None
+
+
+_contract.defvjp(_contract_fwd, _contract_bwd)
+
+
+def _slice_product(x, q, transpose, implementation, shard):
+    """Multiply x [M, K] by one slice: [M, N]; or transposed, [M, N]: [M, K]."""
     if q.layout == "flat":
         rows = q.dequantize(x.dtype).transpose(*q.out_axes, *q.contract_axes)
         w = rows.reshape(math.prod(q.out_shape), math.prod(q.contract_shape))
@@ -211,16 +238,7 @@ def _slice_product(x, q, transpose, implementation):
         second = (scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
         scales = scales.codes
     packed, scales = (a.reshape(-1, a.shape[-1]) for a in (q.packed, scales))
-    run = product(q.block_size, transpose, implementation)
-    return run(x, packed, scales, jnp.asarray(q.codebook), *second)
-
-
-def _product_fwd(x, q, transpose, implementation):
-    return _slice_product(x, q, transpose, implementation), q
-
-
-def _product_bwd(transpose, implementation, q, g):
-    return _slice_product(g, q, not transpose, implementation), None
-
-
-_slice_product.defvjp(_product_fwd, _product_bwd)
+    operands = x, packed, scales, jnp.asarray(q.codebook), *second
+    if shard is None:
+        return product(q.block_size, transpose, implementation)(*operands)
+    return shard.product(local_product(q.block_size, transpose, implementation), *operands)
