@@ -25,6 +25,7 @@ from qjax.swap.nnx import add_lora as add_lora
 from qjax.swap.nnx import quantize_model as quantize_model
 from qjax.swap.report import memory_footprint as memory_footprint
 from qjax.swap.report import report as report
+from qjax.swap.shardings import shardings as shardings
 from qjax.train import combine as combine
 from qjax.train import lora_mask as lora_mask
 from qjax.train import lora_optimizer as lora_optimizer

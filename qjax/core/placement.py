@@ -41,10 +41,21 @@ def weight_specs(q: Any, spec: Any) -> Any:
     return dataclasses.replace(q, packed=codes, scales=scales)
 
 
-def adapter_specs(q: Any, spec: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    """Return those of the adapter's A [*batch, *contract, rank] and B [*batch, rank, *out]."""
-    batch, rest = _split(q, padded(spec, q.ndim))
-    contract, out = [rest[i] for i in q.contract_axes], [rest[i] for i in q.out_axes]
+def adapter_specs(
+    spec: Any, ndim: int, batch_ndim: int, contract_axes: tuple[int, ...]
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Return those of the adapter's A [*batch, *contract, rank] and B [*batch, rank, *out].
+
+    Args:
+        spec: of the float weight [*batch, *slice].
+        ndim: of the float weight.
+        batch_ndim: of them, those in front of a slice.
+        contract_axes: of the slice.
+    """
+    entries = padded(spec, ndim)
+    batch, rest = entries[:batch_ndim], entries[batch_ndim:]
+    contract = [rest[i] for i in contract_axes]
+    out = [entry for i, entry in enumerate(rest) if i not in contract_axes]
     return PartitionSpec(*batch, *contract, None), PartitionSpec(*batch, None, *out)
 
 
@@ -165,3 +176,8 @@ def on_mesh(function: Callable, shardings: Any, *args: Any) -> Any:
     if not mesh.explicit_axes:
         return place(function(*args), shardings)
     return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
+
+
+def like(a: jax.Array, other: jax.Array) -> jax.Array:
+    """Return `a` sharded as another array of its shape, where the mesh has explicit axes."""
+    return a if explicit_mesh(other) is None else place(a, sharding_of(other))

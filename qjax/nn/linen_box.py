@@ -7,6 +7,7 @@ qjax's own layers, and all layers inside `qjax.apply`, take the box and decode i
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.serialization
@@ -20,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
-from qjax.core.double_quant import DoubleQuant
+from qjax.core.placement import adapter_specs, like, place, weight_shardings, weight_specs
 from qjax.core.qtensor import QTensor
 from qjax.nn.lora import LoraConfig, init_adapter
 from qjax.ops.lora import lora_weight
@@ -29,7 +30,7 @@ from qjax.ops.lora import lora_weight
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("q", "lora_a", "lora_b"),
-    meta_fields=("scaling", "dropout", "names", "compute_dtype"),
+    meta_fields=("scaling", "dropout", "names", "compute_dtype", "float_box"),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantBox(meta.AxisMetadata):
@@ -46,6 +47,7 @@ class QuantBox(meta.AxisMetadata):
         dropout: probability of dropping an element of the adapter's input.
         names: of the kernel's logical axes, as `nn.Partitioned` has them, or None.
         compute_dtype: that layers without a `dtype` of their own multiply in; None: as Flax would.
+        float_box: class and other fields of the box that the names are from.
     """
 
     q: QTensor
@@ -55,18 +57,33 @@ class QuantBox(meta.AxisMetadata):
     dropout: float = 0.0
     names: tuple[Any, ...] | None = None
     compute_dtype: Any = None
+    float_box: tuple[type[meta.Partitioned], tuple[tuple[str, Any], ...]] = (meta.Partitioned, ())
 
     @property
     def adapter(self) -> tuple[jax.Array, jax.Array] | None:
         """A and B, if there are any."""
         return None if self.lora_a is None or self.lora_b is None else (self.lora_a, self.lora_b)
 
-    def unbox(self) -> jax.Array:
+    def unbox(self, apply_constraint: bool = True) -> jax.Array:
         """Return the kernel in its logical dtype, adapter included.
+
+        Args:
+            apply_constraint: constrain its sharding as the float kernel's box does.
 
         Raises:
             ValueError: the adapter has dropout, which only `qjax.apply` can do.
         """
+        w = self.boxed(self._decoded())
+        return w.unbox(apply_constraint) if isinstance(w, meta.Partitioned) else w
+
+    def boxed(self, w: Any) -> Any:
+        """Return a float kernel in the box that it had, if any."""
+        if self.names is None:
+            return w
+        cls, fields = self.float_box
+        return cls(w, self.names, **dict(fields))
+
+    def _decoded(self) -> jax.Array:
         if self.adapter is None:
             return jax.lax.stop_gradient(self.q.dequantize())
         if self.dropout:
@@ -81,7 +98,7 @@ class QuantBox(meta.AxisMetadata):
         w = jax.lax.stop_gradient(self.q.dequantize(jnp.float32))
         if self.adapter is not None:
             update = lora_weight(*self.adapter, self.q.contract_axes, len(self.q.batch_shape))
-            w = w + self.scaling * update
+            w = w + like(self.scaling * update, w)
         return w.astype(dtype)
 
     def replace_boxed(self, val: Any) -> "QuantBox":
@@ -126,26 +143,41 @@ class QuantBox(meta.AxisMetadata):
         flat layout, whose blocks straddle rows, only batch axes are split. The second level of
         double quantization is whole in every batch slice.
         """
-        q = self.q
-        spec: Any = PartitionSpec  # where a box has arrays
-        names = (*(self.names or ()), *[None] * q.ndim)[: q.ndim]
-        batch, rest = names[: len(q.batch_shape)], names[len(q.batch_shape) :]
-        contract, out = [rest[i] for i in q.contract_axes], [rest[i] for i in q.out_axes]
-        codes = spec(*batch, *out, contract[0]) if q.layout == "rows" else spec(*batch, None)
-        scales = DoubleQuant(codes, spec(*batch, None), spec(*batch)) if q.double_quant else codes
-        adapter = self.lora_a is not None
-        return dataclasses.replace(
-            self,
-            q=dataclasses.replace(q, packed=codes, scales=scales),
-            lora_a=spec(*batch, *contract, None) if adapter else None,
-            lora_b=spec(*batch, None, *out) if adapter else None,
-        )
+        return self._map_arrays(weight_specs(self.q, self.names), self._adapter_specs(self.names))
 
     def get_sharding(self, mesh: jax.sharding.Mesh) -> "QuantBox":
-        """Return a box that holds a NamedSharding for each array."""
-        specs = self.get_partition_spec()
-        is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+        """Return a box that holds a NamedSharding for each array.
+
+        Raises:
+            ValueError: a shard would split a block.
+        """
+        return self.shardings(NamedSharding(mesh, PartitionSpec(*(self.names or ()))), "a kernel")
+
+    def shardings(self, sharding: NamedSharding, name: str) -> "QuantBox":
+        """Return a box of NamedShardings, from that of the float kernel.
+
+        Raises:
+            ValueError: a shard would split a block; the kernel is called `name`.
+        """
+        adapter = [NamedSharding(sharding.mesh, s) for s in self._adapter_specs(sharding.spec)]
+        if self.q.packed is None:  # the half of a partitioned tree that has the adapters
+            return self._map_arrays(self.q, adapter)
+        return self._map_arrays(weight_shardings(self.q, sharding, name), adapter)
+
+    def placed(self, sharding: NamedSharding | None, name: str) -> "QuantBox":
+        """Return the box with its arrays sharded as the float kernel would be."""
+        return self if sharding is None else place(self, self.shardings(sharding, name))
+
+    def _adapter_specs(self, spec: Any) -> tuple[PartitionSpec, PartitionSpec]:
+        batch_ndim = -1 - len(self.q.contract_axes) + (0 if self.lora_a is None else self.lora_a.ndim)
+        batch_ndim = max(batch_ndim, 0)
+        ndim = batch_ndim + len(self.q.slice_shape)
+        return adapter_specs(spec, ndim, batch_ndim, self.q.contract_axes)
+
+    def _map_arrays(self, q: QTensor, adapter: Sequence[Any]) -> "QuantBox":
+        """Return a box of other things than arrays, with an adapter where this one has one."""
+        a, b = (None, None) if self.adapter is None else adapter
+        return dataclasses.replace(self, q=q, lora_a=a, lora_b=b)
 
 
 def box_kernel(
@@ -167,12 +199,20 @@ def box_kernel(
         name: the kernel's path, for errors.
         check_finite: refuse NaN and inf where they can be seen.
     """
-    names = None
+    names, float_box = None, QuantBox.float_box
     if isinstance(w, meta.Partitioned):
-        w, names = w.value, tuple(w.names)
+        names, float_box = tuple(w.names), (type(w), _box_fields(w))
+        w = w.value
     w = jnp.asarray(w) if isinstance(w, np.ndarray) else w
     q = quantize(w, cfg, contract_axes, check_finite, batch_ndim=batch_ndim, name=name)
-    return QuantBox(q, names=names, compute_dtype=cfg.compute_dtype)
+    return QuantBox(q, names=names, compute_dtype=cfg.compute_dtype, float_box=float_box)
+
+
+def _box_fields(box: meta.Partitioned) -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a float kernel's box beside value and names: mesh, logical rules."""
+    fields = {f.name: getattr(box, f.name) for f in dataclasses.fields(box)}
+    given = {k: v for k, v in fields.items() if k not in ("value", "names") and v is not None}
+    return tuple((k, tuple(map(tuple, v)) if k == "rules" else v) for k, v in given.items())
 
 
 def with_adapter(box: QuantBox, cfg: LoraConfig, key: jax.Array, name: str) -> QuantBox:
@@ -188,7 +228,8 @@ def with_adapter(box: QuantBox, cfg: LoraConfig, key: jax.Array, name: str) -> Q
     q = box.q
     a, b = init_adapter(key, q.contract_shape, q.out_shape, cfg, q.batch_shape)
     dropout = 0.0 if name.split("/")[-1] == "embedding" else cfg.dropout
-    return dataclasses.replace(box, lora_a=a, lora_b=b, scaling=cfg.scaling, dropout=dropout)
+    box = dataclasses.replace(box, lora_a=a, lora_b=b, scaling=cfg.scaling, dropout=dropout)
+    return box.placed(q.sharding, name)
 
 
 def is_quant_box(leaf: Any) -> bool:

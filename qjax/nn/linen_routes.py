@@ -21,6 +21,7 @@ import numpy as np
 from flax import errors
 from flax.core import meta
 
+from qjax.core.placement import like
 from qjax.nn.linen_box import QuantBox
 from qjax.ops import trace
 from qjax.ops.lora import lora_einsum, lora_matmul, lora_take
@@ -207,7 +208,7 @@ def _embed(module: nn.Embed, box: QuantBox, inputs: jax.Array) -> jax.Array:
     y = take(box.q, inputs, dtype=dtype)
     if box.adapter is None:
         return y
-    return y + box.scaling * lora_take(inputs, *box.adapter, dtype)
+    return y + like(box.scaling * lora_take(inputs, *box.adapter, dtype), y)
 
 
 def _attend(module: nn.Embed, box: QuantBox, query: jax.Array) -> jax.Array:
@@ -264,7 +265,7 @@ def _product(
         update = lora_einsum(equation, x, *box.adapter, box.q.contract_axes, batch_ndim)
     else:
         update = lora_matmul(x, *box.adapter, batch_ndim)
-    return y + (box.scaling * update).astype(dtype), b
+    return y + like(box.scaling * update, y).astype(dtype), b
 
 
 def _bias(module: nn.Module, name: str | None) -> jax.Array | None:
@@ -283,4 +284,4 @@ def _drop(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     if deterministic or not rate:
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), np.array(0, x.dtype))
+    return jnp.where(like(keep, x), x / (1 - rate), np.array(0, x.dtype))

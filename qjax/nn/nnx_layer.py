@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
+from qjax.core.placement import adapter_specs, like, place, weight_shardings
 from qjax.core.qtensor import QTensor
 from qjax.nn.lora import LoraConfig, init_adapter
-from qjax.nn.nnx_param import QuantParam, quant_metadata
+from qjax.nn.nnx_param import NOT_EAGER, SHARDING, QuantParam, quant_metadata, variable_sharding
 from qjax.ops import trace
 from qjax.ops.lora import lora_weight
 
@@ -78,7 +80,7 @@ class LoraLayer(nnx.Module):
             rngs.params(), axes.contract_shape, axes.out_shape, config, batch, dtype
         )
         self.lora_config = config
-        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        self.lora_a, self.lora_b = _adapter_params(weight, axes, (a, b))
         if config.dropout:
             self.lora_dropout = nnx.Dropout(config.dropout)
             stream = rngs["dropout"]
@@ -106,7 +108,7 @@ class LoraLayer(nnx.Module):
         axes = self.weight_axes()
         batch_ndim = w.ndim - len(axes.shape) + axes.batch_ndim
         delta = lora_weight(self.lora_a[...], self.lora_b[...], axes.contract_axes, batch_ndim)
-        return (w + self.lora_config.scaling * delta).astype(dtype)
+        return (w + like(self.lora_config.scaling * delta, w)).astype(dtype)
 
     def _adapter_dtype(self, y: jax.Array) -> Any:
         return y.dtype
@@ -119,7 +121,7 @@ class LoraLayer(nnx.Module):
         if self.lora_dropout is not None:
             x = self.lora_dropout(x)
         delta = product(x, self.lora_a[...], self.lora_b[...])
-        return y + (delta * self.lora_config.scaling).astype(y.dtype)
+        return y + like(delta * self.lora_config.scaling, y).astype(y.dtype)
 
 
 class QuantLayer(LoraLayer):
@@ -224,7 +226,27 @@ def quantize_weight(
     axes, w = cls.weight_axes(layer), variable.get_raw_value()
     batch_ndim = stacked_ndim(tuple(w.shape), axes, name) + axes.batch_ndim
     q = quantize(w, config, axes.contract_axes, batch_ndim=batch_ndim, name=name)
+    sharding = variable_sharding(variable)
+    if sharding is not None:
+        q = place(q, weight_shardings(q, sharding, name))
     return QuantParam(q, **quant_metadata(variable))
+
+
+def _adapter_params(weight: nnx.Variable, axes: WeightAxes, arrays: Any) -> list[nnx.LoRAParam]:
+    """Return A and B as parameters that are sharded as the weight is."""
+    ndim, metadata = len(weight.shape), weight.get_metadata()
+    axes_of = ndim, ndim - len(axes.shape) + axes.batch_ndim, axes.contract_axes
+    sharding = variable_sharding(weight)
+    if sharding is not None:
+        specs = adapter_specs(sharding.spec, *axes_of)
+        arrays = place(tuple(arrays), tuple(NamedSharding(sharding.mesh, s) for s in specs))
+    if not metadata.get("out_sharding"):
+        return [nnx.LoRAParam(a) for a in arrays]
+    kept = {key: metadata[key] for key in SHARDING if key in metadata} | NOT_EAGER
+    return [
+        nnx.LoRAParam(a, **{**kept, "out_sharding": tuple(spec)})
+        for a, spec in zip(arrays, adapter_specs(metadata["out_sharding"], *axes_of), strict=True)
+    ]
 
 
 def stacked_ndim(shape: tuple[int, ...], axes: WeightAxes, name: str) -> int:

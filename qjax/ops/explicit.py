@@ -57,7 +57,10 @@ def product(x: jax.Array, q: QTensor, transpose: bool, local: Callable) -> jax.A
     rows = rows[: len(rows) - len(q.out_axes if transpose else q.contract_axes)]
     batch, weight = _split(padded(q.sharding.spec, q.ndim), len(q.batch_shape))
     batch = tuple(a or b for a, b in zip(batch, x_batch))
-    # A mesh axis shards one of rows and weight: what is gathered is the smaller one.
+    kept = [weight[i] for i in (q.contract_axes if transpose else q.out_axes)]
+    result = NamedSharding(mesh, _spec([*batch, *rows, *kept]))
+    # A mesh axis shards one of rows and weight: what is gathered is the smaller one. That does not
+    # show in how the result is sharded.
     if nbytes(x) < nbytes(q.packed):
         rows = [without(entry, *batch, *weight) for entry in rows]
     else:
@@ -86,7 +89,7 @@ def product(x: jax.Array, q: QTensor, transpose: bool, local: Callable) -> jax.A
     mapped = jax.shard_map(
         device, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False
     )
-    return mapped(*place((x, q), placed))
+    return place(mapped(*place((x, q), placed)), result)
 
 
 def _spec(result: Sequence) -> PartitionSpec:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.ops.explicit import compiled, entries
 from qjax.ops.matmul import parse
 
 
@@ -25,17 +26,21 @@ def lora_matmul(x: jax.Array, a: jax.Array, b: jax.Array, batch_ndim: int = 0) -
     """
     batch, rank = a.shape[:batch_ndim], a.shape[-1]
     lead, out = x.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
-    hidden = jnp.matmul(
-        x.reshape(*batch, math.prod(lead), x.shape[-1]),
-        a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    y = jnp.matmul(
-        hidden.astype(x.dtype),
-        b.reshape(*batch, rank, math.prod(out)).astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return y.astype(x.dtype).reshape(*batch, *lead, *out)
+
+    def product(x, a, b):
+        hidden = jnp.matmul(
+            x.reshape(*batch, math.prod(lead), x.shape[-1]),
+            a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        y = jnp.matmul(
+            hidden.astype(x.dtype),
+            b.reshape(*batch, rank, math.prod(out)).astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return y.astype(x.dtype).reshape(*batch, *lead, *out)
+
+    return compiled(product, (*entries(x)[:-1], *entries(b)[batch_ndim + 1 :]), x, a, b)
 
 
 def lora_einsum(
@@ -75,8 +80,14 @@ def lora_einsum(
         args = (x, numbered[0], w.astype(x.dtype), numbered[1], numbered[2])
         return jnp.einsum(*args, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    hidden = product(x, x_axes, left, left_axes, hidden_axes)
-    return product(hidden, hidden_axes, right, right_axes, out_axes)
+    def both(x, left, right):
+        hidden = product(x, x_axes, left, left_axes, hidden_axes)
+        return product(hidden, hidden_axes, right, right_axes, out_axes)
+
+    sharded: dict[str, Any] = {}
+    for operand, axes in ((right, right_axes), (left, left_axes), (x, x_axes)):
+        sharded |= zip(axes, entries(operand), strict=True)
+    return compiled(both, [sharded[axis] for axis in out_axes], x, left, right)
 
 
 def lora_take(ids: jax.Array, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -88,9 +99,13 @@ def lora_take(ids: jax.Array, a: jax.Array, b: jax.Array, dtype: Any = jnp.float
         b: [rank, V].
         dtype: of the product and the result.
     """
-    columns = jnp.take(b, ids, axis=1).astype(dtype)  # [rank, *ids]
-    rows = jnp.tensordot(columns, a.astype(dtype), (0, 1), preferred_element_type=jnp.float32)
-    return rows.astype(dtype)
+
+    def product(ids, a, b):
+        columns = jnp.take(b, ids, axis=1).astype(dtype)  # [rank, *ids]
+        rows = jnp.tensordot(columns, a.astype(dtype), (0, 1), preferred_element_type=jnp.float32)
+        return rows.astype(dtype)
+
+    return compiled(product, (*entries(ids), entries(a)[0]), ids, a, b)
 
 
 def lora_weight(
@@ -99,9 +114,15 @@ def lora_weight(
     """Return A B as float32 of the weight's logical shape [*batch, *slice]."""
     batch, rank = a.shape[:batch_ndim], a.shape[-1]
     contract, out = a.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
-    a = a.reshape(*batch, math.prod(contract), rank).astype(jnp.float32)
-    b = b.reshape(*batch, rank, math.prod(out)).astype(jnp.float32)
-    product = jnp.matmul(a, b, precision="highest").reshape(*batch, *contract, *out)
     other = [i for i in range(len(contract) + len(out)) if i not in contract_axes]
     order = np.argsort([*contract_axes, *other]) + batch_ndim
-    return jnp.transpose(product, (*range(batch_ndim), *order))
+    order = (*range(batch_ndim), *order.tolist())
+
+    def product(a, b):
+        a = a.reshape(*batch, math.prod(contract), rank).astype(jnp.float32)
+        b = b.reshape(*batch, rank, math.prod(out)).astype(jnp.float32)
+        ordered = jnp.matmul(a, b, precision="highest").reshape(*batch, *contract, *out)
+        return jnp.transpose(ordered, order)
+
+    sharded = (*entries(a)[:-1], *entries(b)[batch_ndim + 1 :])
+    return compiled(product, [sharded[i] for i in order], a, b)

@@ -10,6 +10,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
@@ -189,7 +190,11 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
 def _product(x, q, transpose, implementation):
     """Multiply [*batch, *rows, *summed] by q, or transposed: [*batch, *rows, *kept]."""
     mesh = explicit_mesh(x, q.packed)
-    return _contract(x, q, transpose, implementation, mesh and sharding_of(x))
+    if mesh is None:
+        return _contract(x, q, transpose, implementation, None)
+    if sharding_of(x) is None:
+        x = place(x, NamedSharding(mesh, PartitionSpec()))
+    return _contract(x, q, transpose, implementation, sharding_of(x))
 
 
 # Conventions of the VJP: x [M, K], q decodes to W [N, K], y = x W^T [M, N], and g = dL/dy.

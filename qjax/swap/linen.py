@@ -94,8 +94,7 @@ def quantize_params(
             name=path,
             check_finite=check_finite,
         )
-        abstract = isinstance(getattr(leaf, "value", leaf), jax.ShapeDtypeStruct)
-        return jax.eval_shape(box, leaf) if abstract else box(leaf)
+        return box(leaf)
 
     return _map_params(quantize_leaf, params)
 
@@ -163,8 +162,7 @@ def dequantize_params(params: Any) -> Any:
 def _float_leaf(leaf: Any, dtype: Any) -> Any:
     if not is_quant_box(leaf):
         return leaf
-    w = leaf.merged(dtype)
-    return w if leaf.names is None else meta.Partitioned(w, leaf.names)
+    return leaf.boxed(leaf.merged(dtype))
 
 
 def _is_variables(tree: Any) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.nn.nnx_layer import LoraLayer
-from qjax.nn.nnx_param import float_metadata
+from qjax.nn.nnx_param import quant_metadata
 from qjax.swap.nnx_find import Found, find_layers
 
 
@@ -49,10 +49,10 @@ def _floated(model: nnx.Module, dtype: Any, merge: bool) -> nnx.Module:
             continue
         old, adapted = f.weight, _adapter(f.layer)
         if merge and adapted:
-            new = nnx.Param(f.layer.float_weight(dtype), **float_metadata(old))
+            new = nnx.Param(f.layer.float_weight(dtype), **quant_metadata(old))
         else:
             if id(old) not in shared:
-                shared[id(old)] = nnx.Param(_decoded(old, dtype), **float_metadata(old))
+                shared[id(old)] = nnx.Param(_decoded(old, dtype), **quant_metadata(old))
             new = shared[id(old)]
         _to_float(f, new, keep_adapter=adapted and not merge)
         if merge and getattr(f.layer, "bias", None) is not None:
