@@ -44,7 +44,8 @@ class LinenMLP(nn.Module):
     def __call__(self, x):
         init = nn.initializers.lecun_normal()
         up, down = (nn.with_partitioning(init, s) for s in (self.spec, self.spec[::-1]))
-        return nn.Dense(IN, kernel_init=down)(nn.gelu(nn.Dense(HIDDEN, kernel_init=up)(x)))
+        x = nn.gelu(nn.Dense(HIDDEN, kernel_init=up)(x))
+        return nn.Dense(IN, kernel_init=down)(x)
 
 
 def data():
@@ -52,10 +53,14 @@ def data():
     return rng.standard_normal((2, ROWS, IN), np.float32)
 
 
+def make_model(spec):
+    model = qjax.quantize_model(MLP(spec, nnx.Rngs(0)), CFG)
+    return qjax.add_lora(model, LORA, rngs=nnx.Rngs(1))
+
+
 def model_on(mesh, spec):
     with jax.set_mesh(mesh):
-        model = qjax.quantize_model(MLP(spec, nnx.Rngs(0)), CFG)
-        return qjax.add_lora(model, LORA, rngs=nnx.Rngs(1))
+        return make_model(spec)
 
 
 def train(model, mesh, x_spec, steps=3):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,9 @@ def quantize(
     if sharding is not None:
         placed = weight_shardings(_abstract(w, cfg, axes, batch_ndim), sharding, name)
     if isinstance(w, jax.ShapeDtypeStruct):
-        w = jax.ShapeDtypeStruct(w.shape, w.dtype)
-        q = _tensor(w, cfg, axes, batch_ndim, jax.eval_shape(lambda w: _quantize(w, *static)[:2], w))
+        bare = jax.ShapeDtypeStruct(w.shape, w.dtype)
+        arrays = jax.eval_shape(lambda w: _quantize(w, *static)[:2], bare)
+        q = _tensor(w, cfg, axes, batch_ndim, arrays)
         return q if placed is None else place(q, placed)
     packed, scales, finite = _quantize(w, *static, placed)
     if check_finite and is_concrete(finite) and not finite:
@@ -80,16 +82,18 @@ def quantize(
     return _tensor(w, cfg, axes, batch_ndim, (packed, scales))
 
 
-def _tensor(w, cfg, axes, batch_ndim, arrays) -> QTensor:
+def _tensor(w, cfg, axes, batch_ndim, arrays: tuple[Any, Any]) -> QTensor:
+    packed, scales = arrays
     slice_shape = tuple(w.shape[batch_ndim:])
     layout = layout_for(math.prod(slice_shape[i] for i in axes), cfg.block_size)
     dtype = jnp.dtype(w.dtype)
-    return QTensor(*arrays, slice_shape, dtype, cfg.format, cfg.block_size, axes, layout)
+    return QTensor(packed, scales, slice_shape, dtype, cfg.format, cfg.block_size, axes, layout)
 
 
 def _abstract(w, cfg, axes, batch_ndim) -> QTensor:
     """Return a QTensor that knows its batch axes and which arrays it has."""
-    scales = DoubleQuant(None, None, None) if cfg.double_quant else None
+    absent: Any = None
+    scales = DoubleQuant(absent, absent, absent) if cfg.double_quant else absent
     q = _tensor(w, cfg, axes, batch_ndim, (None, scales))
     shape = (*w.shape[:batch_ndim], *array_shapes(q)[0])
     return dataclasses.replace(q, packed=jax.ShapeDtypeStruct(shape, jnp.uint8))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.double_quant import DoubleQuant
@@ -123,7 +124,7 @@ def sharding_of(a: Any) -> NamedSharding | None:
 
     What is traced knows its sharding on a mesh with explicit axes alone.
     """
-    if isinstance(a, jax.core.Tracer):
+    if isinstance(a, Tracer):
         sharding = jax.typeof(a).sharding
         return sharding if sharding.mesh.explicit_axes else None
     sharding = getattr(a, "sharding", None)
@@ -150,7 +151,7 @@ def place(tree: Any, shardings: Any) -> Any:
     def one(a, sharding):
         if isinstance(a, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-        if not isinstance(a, jax.core.Tracer):
+        if not isinstance(a, Tracer):
             return jax.device_put(a, sharding)
         if sharding.mesh.explicit_axes:
             return jax.sharding.reshard(a, sharding)

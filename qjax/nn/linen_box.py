@@ -169,10 +169,10 @@ class QuantBox(meta.AxisMetadata):
         return self if sharding is None else place(self, self.shardings(sharding, name))
 
     def _adapter_specs(self, spec: Any) -> tuple[PartitionSpec, PartitionSpec]:
-        batch_ndim = -1 - len(self.q.contract_axes) + (0 if self.lora_a is None else self.lora_a.ndim)
-        batch_ndim = max(batch_ndim, 0)
-        ndim = batch_ndim + len(self.q.slice_shape)
-        return adapter_specs(spec, ndim, batch_ndim, self.q.contract_axes)
+        # The batch axes from A itself: the half of a tree that has it does not have q.
+        axes = self.q.contract_axes
+        batch_ndim = 0 if self.lora_a is None else self.lora_a.ndim - len(axes) - 1
+        return adapter_specs(spec, batch_ndim + len(self.q.slice_shape), batch_ndim, axes)
 
     def _map_arrays(self, q: QTensor, adapter: Sequence[Any]) -> "QuantBox":
         """Return a box of other things than arrays, with an adapter where this one has one."""

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.nnx.spmd import get_var_pspec
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.placement import place, sharding_of, weight_shardings, weight_specs
 from qjax.core.qtensor import QTensor
@@ -70,7 +72,7 @@ class QuantParam(nnx.Variable):
 
     def _per_array(self, value: Any) -> Any:
         """Return what Flax says of the float array, said of each array of the QTensor."""
-        if isinstance(value, jax.sharding.PartitionSpec):
+        if isinstance(value, PartitionSpec):
             return weight_specs(self.q, value)
         if isinstance(value, jax.ShapeDtypeStruct) and value.sharding is not None:
             name = self.get_metadata().get("path") or "a 4-bit weight"
@@ -115,7 +117,7 @@ def quant_metadata(variable: nnx.Variable) -> dict[str, Any]:
     return {**kept, **NOT_EAGER} if kept.get("out_sharding") else kept
 
 
-def variable_sharding(variable: nnx.Variable) -> jax.sharding.NamedSharding | None:
+def variable_sharding(variable: nnx.Variable) -> NamedSharding | None:
     """Return the sharding of a float or 4-bit weight, as its float array has it.
 
     Where a trace does not know it, on a mesh with automatic axes, the metadata say it.
@@ -128,6 +130,6 @@ def variable_sharding(variable: nnx.Variable) -> jax.sharding.NamedSharding | No
     if sharding is not None or not metadata.get("out_sharding"):
         return sharding
     mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
-    if mesh.empty or not isinstance(array, jax.core.Tracer):
+    if mesh.empty or not isinstance(array, Tracer):
         return None
-    return jax.sharding.NamedSharding(mesh, get_var_pspec(variable))
+    return NamedSharding(mesh, get_var_pspec(variable) or PartitionSpec())

@@ -55,7 +55,7 @@ def product(x: jax.Array, q: QTensor, transpose: bool, local: Callable) -> jax.A
     mesh = explicit_mesh(x, q.packed)
     x_batch, rows = _split(entries(x), len(q.batch_shape))
     rows = rows[: len(rows) - len(q.out_axes if transpose else q.contract_axes)]
-    batch, weight = _split(padded(q.sharding.spec, q.ndim), len(q.batch_shape))
+    batch, weight = _split(padded(q.sharding and q.sharding.spec, q.ndim), len(q.batch_shape))
     batch = tuple(a or b for a, b in zip(batch, x_batch))
     kept = [weight[i] for i in (q.contract_axes if transpose else q.out_axes)]
     result = NamedSharding(mesh, _spec([*batch, *rows, *kept]))
@@ -86,9 +86,7 @@ def product(x: jax.Array, q: QTensor, transpose: bool, local: Callable) -> jax.A
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
     out_specs = PartitionSpec(*batch, *rows, *kept)
     # Kernels say nothing of how their results vary over the mesh, so that cannot be checked.
-    mapped = jax.shard_map(
-        device, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False
-    )
+    mapped = jax.shard_map(device, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
     return place(mapped(*place((x, q), placed)), result)
 
 

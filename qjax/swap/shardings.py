@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 from flax.core import meta
+from flax.linen.spmd import logical_to_mesh_axes
 from flax.nnx.spmd import get_var_pspec
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr
@@ -76,5 +77,5 @@ def _of_array(value: Any, sharding: NamedSharding, name: str) -> Any:
 
 def _linen_spec(box: Any) -> PartitionSpec:
     if isinstance(box, nn.LogicallyPartitioned):
-        return nn.logical_to_mesh_axes(box.names, box.rules) or PartitionSpec()
+        return logical_to_mesh_axes(box.names, box.rules) or PartitionSpec()
     return PartitionSpec(*box.names) if isinstance(box, meta.Partitioned) else PartitionSpec()
