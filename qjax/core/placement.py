@@ -182,3 +182,14 @@ def on_mesh(function: Callable, shardings: Any, *args: Any) -> Any:
 def like(a: jax.Array, other: jax.Array) -> jax.Array:
     """Return `a` sharded as another array of its shape, where the mesh has explicit axes."""
     return a if explicit_mesh(other) is None else place(a, sharding_of(other))
+
+
+def on_device(tree: Any) -> Any:
+    """Return the tree with arrays that are in host memory fetched to the device's own."""
+
+    def fetch(a):
+        if jax.typeof(a).memory_space != jax.memory.Space.Host:
+            return a
+        return jax.device_put(a, jax.memory.Space.Device)
+
+    return jax.tree.map(fetch, tree)

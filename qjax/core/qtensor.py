@@ -30,7 +30,7 @@ from pallas_kernels.scales import SECOND_LEVEL_BLOCK, decode_scales
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
 from qjax.core.double_quant import DoubleQuant, kernel_scales
-from qjax.core.placement import explicit_mesh, on_mesh, weight_sharding
+from qjax.core.placement import explicit_mesh, on_device, on_mesh, weight_sharding
 
 # Scales below this can have products with a table entry (0.0052 or more) below the normal floats.
 _SUBNORMAL_PRODUCTS = np.float32(2.0**-117)
@@ -136,11 +136,12 @@ class QTensor:
             (64, 2)
         """
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
-        if _meets_subnormals(self):
-            return jax.device_put(_decode_ieee(self, dtype), self.sharding)
-        if explicit_mesh(self.packed) is not None:
-            return on_mesh(functools.partial(_decode, dtype=dtype), self.sharding, self)
-        return _decode(self, dtype)
+        q = on_device(self)
+        if _meets_subnormals(q):
+            return jax.device_put(_decode_ieee(q, dtype), q.sharding)
+        if explicit_mesh(q.packed) is not None:
+            return on_mesh(functools.partial(_decode, dtype=dtype), q.sharding, q)
+        return _decode(q, dtype)
 
     def check(self, name: str = "QTensor") -> None:
         """Raise ValueError, naming `name`, unless the arrays fit the static description."""
@@ -183,7 +184,7 @@ def _decode_flat(q: QTensor, dtype) -> jax.Array:
 
 
 def _meets_subnormals(q: QTensor) -> bool:
-    if isinstance(q.scales, DoubleQuant) or not is_concrete(q.scales):
+    if isinstance(q.scales, DoubleQuant) or not (is_concrete(q.scales) and is_concrete(q.packed)):
         return False
     # A weight may be concrete inside a trace: closed over by the body of a scan.
     with jax.ensure_compile_time_eval():

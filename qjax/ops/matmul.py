@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
-from qjax.core.placement import explicit_mesh, place, sharding_of
+from qjax.core.placement import explicit_mesh, on_device, place, sharding_of
 from qjax.core.qtensor import QTensor
 from qjax.ops import explicit, trace
 from qjax.ops.partition import local_product, product
@@ -201,6 +201,8 @@ def _product(x, q, transpose, implementation):
 # dL/dx = g W: the same product transposed, from the same packed bytes. There is no dL/dW.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _contract(x, q, transpose, implementation, sharding):
+    q = on_device(q)
+
     def flat(x, q, shard=None):
         summed, kept = q.contract_shape, q.out_shape
         if transpose:

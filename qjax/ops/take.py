@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels import dequantize
 from qjax.core.double_quant import take_scales
-from qjax.core.placement import padded
+from qjax.core.placement import on_device, padded
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
 from qjax.ops.explicit import compiled, entries
@@ -52,7 +52,7 @@ def take(q: QTensor, ids: jax.Array, *, dtype=None) -> jax.Array:
     trace.record("take", "rows decoded", q)
     columns = padded(q.sharding and q.sharding.spec, 2)[1]
     rows = functools.partial(_rows, dtype=dtype)
-    return compiled(rows, (*entries(ids), columns), q, ids)
+    return compiled(rows, (*entries(ids), columns), on_device(q), ids)
 
 
 def _rows(q: QTensor, ids: jax.Array, dtype) -> jax.Array:
