@@ -1,11 +1,15 @@
 """qjax: 4-bit weights, LoRA and fast matrix products for JAX and Flax."""
 
+from qjax.calibration import allocate_bits as allocate_bits
+from qjax.calibration import calibrate as calibrate
 from qjax.checkpoint import load as load
 from qjax.checkpoint import save as save
 from qjax.checkpoint import save_async as save_async
 from qjax.core.blockwise import quantize as quantize
 from qjax.core.config import QuantConfig as QuantConfig
+from qjax.core.formats import register_format as register_format
 from qjax.core.qtensor import QTensor as QTensor
+from qjax.evaluation import evaluate as evaluate
 from qjax.hf.peft import load_adapter as load_adapter
 from qjax.hf.peft import save_adapter as save_adapter
 from qjax.hf.pretrained import from_pretrained as from_pretrained

@@ -206,7 +206,7 @@ TAMPERED = {
     "dense/lora_a was saved as .* with checksum 1, found": lambda q: q["leaves"][LEAF].update(
         crc32=1
     ),
-    r"kernel'\].format must be one of": lambda q: q["qtensors"][Q].update(format="int4"),
+    r"kernel'\].format must be one of": lambda q: q["qtensors"][Q].update(format="nf5"),
     r"kernel'\].block_size must be one of": lambda q: q["qtensors"][Q].update(block_size=48),
     r"kernel'\].layout must be one of": lambda q: q["qtensors"][Q].update(layout="columns"),
     r"kernel'\].contract_axes must be ascending axes": lambda q: q["qtensors"][Q].update(
@@ -227,7 +227,7 @@ TAMPERED = {
     r"dense/kernel: scales.codes must be uint8\[8, 4\]": lambda q: q["qtensors"][Q].update(
         block_size=32
     ),
-    r"dense: a QTensor is \['packed', 'scales'\] or": lambda q: q["qtensors"].update(
+    r"dense: a QTensor is packed and scales, or": lambda q: q["qtensors"].update(
         dense=q["qtensors"].pop(Q)
     ),
 }

@@ -23,6 +23,8 @@ LAYERS = {
     "qjax.swap": FLAX,
     "qjax.linen": FLAX,
     "qjax.nnx": FLAX,
+    "qjax.calibration": FLAX,
+    "qjax.evaluation": FLAX,
     "qjax.train": FLAX | {"optax"},
     "qjax.checkpoint": FLAX | {"orbax"},
     "qjax.generate": FLAX,

@@ -61,6 +61,14 @@ def test_codebooks_are_those_of_the_code():
     np.testing.assert_array_equal(np.array(fp4, np.float32), codebook("fp4"))
 
 
+def test_formats_are_the_measured_ones():
+    rows = json.loads((ROOT / "benchmarks/results/formats.json").read_text())["rows"]
+    numbers = [[f"{r['bits']:.2f}", f"{r['normal']:.4f}", f"{r['model']:.4f}"] for r in rows]
+    names = [[r["format"], str(r["block"] or "row")] for r in rows]
+    table = table_rows("| Format | Block | Bits a weight |")
+    assert table == [[*name, *row] for name, row in zip(names, numbers, strict=True)]
+
+
 def test_numbers_are_the_measured_ones():
     results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["milliseconds"]
     measured = [

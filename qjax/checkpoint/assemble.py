@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from qjax.checkpoint.tree import Marks, nest
-from qjax.core.double_quant import DoubleQuant
 from qjax.core.qtensor import QTensor
+from qjax.core.scales import CLASSES
 from qjax.nn.linen_box import QuantBox
 
-_DOUBLE = tuple(field.name for field in dataclasses.fields(DoubleQuant))
-_SCALES = (["packed", "scales"], ["packed", *(f"scales/{part}" for part in sorted(_DOUBLE))])
+_SCALES = {
+    frozenset(f"scales/{field.name}" for field in dataclasses.fields(cls)): cls for cls in CLASSES
+}
 
 
 def assemble(marks: Marks, leaves: Mapping[str, Any]) -> Any:
@@ -39,13 +40,15 @@ def _take(nodes: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _qtensor(q: QTensor, name: str, parts: dict[str, Any]) -> QTensor:
-    if sorted(parts) not in _SCALES:
+    rest = frozenset(parts) - {"packed"}
+    if "packed" not in parts or (rest != {"scales"} and rest not in _SCALES):
         raise ValueError(
-            f"{name}: a QTensor is {_SCALES[0]} or {_SCALES[1]}, found {sorted(parts)}"
+            f"{name}: a QTensor is packed and scales, or the parts of scales; found {sorted(parts)}"
         )
-    scales = parts.get("scales")
-    if scales is None:
-        scales = DoubleQuant(**{part: parts[f"scales/{part}"] for part in _DOUBLE})
+    if rest == {"scales"}:
+        scales = parts["scales"]
+    else:
+        scales = _SCALES[rest](**{part.removeprefix("scales/"): parts[part] for part in rest})
     q = dataclasses.replace(q, packed=parts["packed"], scales=scales)
     q.check(name)
     return q

@@ -18,12 +18,13 @@ import numpy as np
 from qjax.checkpoint.fields import check_fields, dtype_of, entries, get, integers, one_of, short
 from qjax.checkpoint.tree import Marks
 from qjax.core.codebook import CODEBOOKS
-from qjax.core.config import BLOCK_SIZES
+from qjax.core.formats import BUILTIN, Format, format_of, register_format
 from qjax.core.qtensor import QTensor
 from qjax.nn.linen_box import QuantBox
 
 FORMAT_VERSION = 1
 STATIC_FIELDS = ("slice_shape", "dtype", "format", "block_size", "contract_axes", "layout")
+_OPTIONAL = ("int8_threshold", "codebook")  # written where there is something to say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _checksum(obj: Any) -> int:
 
 def statics(q: QTensor) -> dict[str, Any]:
     """Return the static fields of a QTensor, dtypes as numpy's."""
-    return {name: getattr(q, name) for name in STATIC_FIELDS} | {"dtype": np.dtype(q.dtype)}
+    fields = {name: getattr(q, name) for name in (*STATIC_FIELDS, "int8_threshold")}
+    return fields | {"dtype": np.dtype(q.dtype)}
 
 
 def key_dtype(info: LeafInfo) -> Any:
@@ -147,6 +149,10 @@ def _leaf_from_json(obj: Any, where: str) -> LeafInfo:
 
 def _qtensor_to_json(q: QTensor) -> dict[str, Any]:
     fields = statics(q)
+    if q.int8_threshold is None:
+        del fields["int8_threshold"]
+    if q.format not in BUILTIN:
+        fields["codebook"] = q.codebook.tolist()
     return {
         **fields,
         "dtype": fields["dtype"].name,
@@ -156,7 +162,7 @@ def _qtensor_to_json(q: QTensor) -> dict[str, Any]:
 
 
 def _qtensor_from_json(obj: Any, where: str) -> QTensor:
-    check_fields(obj, set(STATIC_FIELDS), where)
+    check_fields(obj, {*STATIC_FIELDS, *_OPTIONAL}, where)
     slice_shape = integers(obj, "slice_shape", where)
     axes = integers(obj, "contract_axes", where)
     if not axes or list(axes) != sorted(set(axes)) or axes[-1] >= len(slice_shape):
@@ -169,17 +175,41 @@ def _qtensor_from_json(obj: Any, where: str) -> QTensor:
     dtype = dtype_of(obj, where)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{where}.dtype must be floating, got {dtype.name}")
+    kind = _format(obj, where)
+    k = math.prod(slice_shape[axis] for axis in axes)
     absent: Any = None
     return QTensor(
         packed=absent,
         scales=absent,
         slice_shape=slice_shape,
         dtype=dtype,
-        format=one_of(obj, "format", tuple(CODEBOOKS), where),
-        block_size=one_of(obj, "block_size", BLOCK_SIZES, where),
+        format=kind.name,
+        block_size=one_of(obj, "block_size", kind.block_sizes or (k,), where),
         contract_axes=axes,
         layout=one_of(obj, "layout", ("rows", "flat"), where),
+        int8_threshold=_threshold(obj, where),
     )
+
+
+def _format(obj: Any, where: str) -> Format:
+    """Return the format, made known first if the file has its table."""
+    name = get(obj, "format", str, where)
+    if "codebook" not in obj:
+        return format_of(one_of(obj, "format", (*BUILTIN, *CODEBOOKS), where))
+    try:
+        register_format(name, get(obj, "codebook", list, where))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}.codebook: {error}") from None
+    return format_of(name)
+
+
+def _threshold(obj: Any, where: str) -> float | None:
+    if "int8_threshold" not in obj:
+        return None
+    value = get(obj, "int8_threshold", float, where)
+    if not 0 < value < math.inf or obj["format"] != "int8":
+        raise ValueError(f"{where}.int8_threshold must be positive, with int8, got {value}")
+    return value
 
 
 def _box_to_json(box: QuantBox, name: str) -> dict[str, Any]:

@@ -16,9 +16,12 @@ from pallas_kernels.quantize.reference import SMALLEST_SCALE, encode, normalize,
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
 from qjax.core.config import QuantConfig
-from qjax.core.double_quant import DoubleQuant, quantize_scales
+from qjax.core.double_quant import quantize_scales
+from qjax.core.encode import encode_rows
+from qjax.core.formats import format_of
 from qjax.core.placement import on_mesh, place, sharding_of, weight_shardings
 from qjax.core.qtensor import QTensor, array_shapes, layout_for
+from qjax.core.scales import map_scales, scales_class
 
 DEFAULT = QuantConfig()
 
@@ -32,7 +35,7 @@ def quantize(
     batch_ndim: int = 0,
     name: str = "w",
 ) -> QTensor:
-    """Quantize a weight to 4 bits in blocks along its contract axes.
+    """Quantize a weight in blocks along its contract axes.
 
     On a mesh the codes and scales are sharded as w is; the second level of double quantization is
     on every device.
@@ -49,8 +52,8 @@ def quantize(
         A `QTensor` of w's shape and dtype.
 
     Raises:
-        ValueError: axes out of range, an empty weight, NaN or inf, or a shard of w that would
-            split a block.
+        ValueError: axes out of range, an empty weight, NaN or inf, a shard of w that would split
+            a block, or blocks that do not tile K in a format that is not in scales of float32.
         TypeError: w is not a floating array.
 
     Example:
@@ -67,36 +70,44 @@ def quantize(
     axes = _contract_axes(contract_axes, w.ndim - batch_ndim, name)
     if w.size == 0:
         raise ValueError(f"{name} must not be empty, got shape {w.shape}")
-    static = cfg.format, cfg.block_size, cfg.double_quant, axes, batch_ndim
+    statics = _statics(w, cfg, axes, batch_ndim, name)
+    options = cfg.format, statics[3], cfg.double_quant, axes, batch_ndim
     sharding, placed = sharding_of(w), None
     if sharding is not None:
-        placed = weight_shardings(_abstract(w, cfg, axes, batch_ndim), sharding, name)
+        placed = weight_shardings(_abstract(w, cfg, statics, batch_ndim), sharding, name)
     if isinstance(w, jax.ShapeDtypeStruct):
         bare = jax.ShapeDtypeStruct(w.shape, w.dtype)
-        arrays = jax.eval_shape(lambda w: _quantize(w, *static)[:2], bare)
-        q = _tensor(w, cfg, axes, batch_ndim, arrays)
+        packed, scales, _ = jax.eval_shape(lambda w: _quantize(w, *options), bare)
+        q = QTensor(packed, scales, *statics)
         return q if placed is None else place(q, placed)
-    packed, scales, finite = _quantize(w, *static, placed)
+    packed, scales, finite = _quantize(w, *options, placed)
     if check_finite and is_concrete(finite) and not finite:
         raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
-    return _tensor(w, cfg, axes, batch_ndim, (packed, scales))
+    return QTensor(packed, scales, *statics)
 
 
-def _tensor(w, cfg, axes, batch_ndim, arrays: tuple[Any, Any]) -> QTensor:
-    packed, scales = arrays
+def _statics(w, cfg, axes, batch_ndim, name) -> tuple:
+    """Return the static fields of the QTensor."""
     slice_shape = tuple(w.shape[batch_ndim:])
-    layout = layout_for(math.prod(slice_shape[i] for i in axes), cfg.block_size)
+    k = math.prod(slice_shape[i] for i in axes)
+    block_size = cfg.block_size or k
+    layout = layout_for(k, block_size)
+    if layout == "flat" and format_of(cfg.format).scaling != "absmax":
+        raise ValueError(
+            f"{name}: block_size={block_size} of {cfg.format!r} must divide K={k}; exclude it, or "
+            "give it another format by overrides"
+        )
     dtype = jnp.dtype(w.dtype)
-    return QTensor(packed, scales, slice_shape, dtype, cfg.format, cfg.block_size, axes, layout)
+    return slice_shape, dtype, cfg.format, block_size, axes, layout, cfg.int8_threshold
 
 
-def _abstract(w, cfg, axes, batch_ndim) -> QTensor:
+def _abstract(w, cfg, statics, batch_ndim) -> QTensor:
     """Return a QTensor that knows its batch axes and which arrays it has."""
     absent: Any = None
-    scales = DoubleQuant(absent, absent, absent) if cfg.double_quant else absent
-    q = _tensor(w, cfg, axes, batch_ndim, (None, scales))
+    cls = scales_class(format_of(cfg.format), cfg.double_quant)
+    q = QTensor(absent, map_scales(cls, absent, absent, absent), *statics)
     shape = (*w.shape[:batch_ndim], *array_shapes(q)[0])
-    return dataclasses.replace(q, packed=jax.ShapeDtypeStruct(shape, jnp.uint8))
+    return dataclasses.replace(q, packed=jax.ShapeDtypeStruct(shape, q.kind.code_dtype))
 
 
 def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:
@@ -112,18 +123,18 @@ def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
 def _quantize(w, format, block_size, double_quant, contract_axes, batch_ndim, placed=None):
     def first_level(w):
-        one = functools.partial(_quantize_slice, table, block_size, contract_axes)
-        return _map_slices(one, batch_ndim, w)
+        one = functools.partial(_quantize_slice, format, block_size, contract_axes)
+        packed, scales, finite = _map_slices(one, batch_ndim, w)
+        return packed, scales, finite.all()
 
-    table = codebook(format)
     if placed is None:
-        packed, scales = first_level(w)
+        packed, scales, finite = first_level(w)
     else:
         # The whole of the scales on every device: a mean that is summed in parts differs in its
         # last bits, and the codes of double quantization with it.
         everywhere = NamedSharding(placed.packed.mesh, PartitionSpec())
-        packed, scales = on_mesh(first_level, (placed.packed, everywhere), w)
-    finite = jnp.isfinite(scales).all()
+        whole = jax.tree.map(lambda _: everywhere, placed.packed if double_quant else placed.scales)
+        packed, scales, finite = on_mesh(first_level, (placed.packed, whole, everywhere), w)
     if double_quant:
         scales = _map_slices(quantize_scales, batch_ndim, scales)
     return packed, scales if placed is None else place(scales, placed.scales), finite
@@ -138,15 +149,18 @@ def _map_slices(function, batch_ndim: int, a):
     return jax.tree.map(lambda r: r.reshape(*batch, *r.shape[1:]), results)
 
 
-def _quantize_slice(table, block_size, contract_axes, w):
+def _quantize_slice(format, block_size, contract_axes, w):
     out_axes = [i for i in range(w.ndim) if i not in contract_axes]
     k = math.prod(w.shape[i] for i in contract_axes)
     rows = jnp.transpose(w, (*out_axes, *contract_axes)).reshape(-1, k)
     if layout_for(k, block_size) == "flat":
-        return _quantize_line(rows.reshape(-1), table, block_size)
-    packed, absmax = quantize_rows(rows, table, block_size=block_size)
+        packed, absmax = _quantize_line(rows.reshape(-1), codebook(format), block_size)
+        return packed, absmax, jnp.isfinite(absmax).all()
+    packed, scales, finite = encode_rows(rows, format_of(format), block_size)
     out_shape = [w.shape[i] for i in out_axes]
-    return packed.reshape(*out_shape, -1), absmax.reshape(*out_shape, -1)
+    shaped = lambda a: a.reshape(*out_shape, -1) if a.ndim else a  # noqa: E731
+    packed, scales = jax.tree.map(shaped, (packed, scales))
+    return packed, scales, finite
 
 
 def _quantize_line(line, table: np.ndarray, block_size: int):

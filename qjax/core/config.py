@@ -7,10 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.core.codebook import codebook
+from qjax.core.formats import Format, format_of
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_OVERRIDABLE = ("format", "block_size", "double_quant", "compute_dtype")
+_OVERRIDABLE = ("format", "block_size", "double_quant", "compute_dtype", "int8_threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +19,17 @@ class QuantConfig:
     Patterns are `re.search`ed in the "/"-joined path of a weight, such as `layers/0/attn/q/kernel`.
 
     Attributes:
-        format: "nf4" or "fp4".
-        block_size: weights that share a scale, a power of two from 32 to 4096.
-        double_quant: store the scales in 8 bits (QLoRA section 3): 4.13 bits a weight, not 4.5.
+        format: 4 bits: "nf4", "fp4" (bitsandbytes' table), "fp4_e2m1", "int4", "int4_asym" (with
+            zero points), "mxfp4", "nvfp4", or one of `qjax.register_format`. 8 bits: "int8",
+            "fp8_e4m3", "fp8_e5m2", with a scale for each output.
+        block_size: weights that share a scale, a power of two from 32 to 4096; 64 by default. Some
+            formats fix it: "mxfp4" (32), "nvfp4" (16), and those of 8 bits (None: a row).
+        double_quant: store the scales in 8 bits (QLoRA section 3): 4.13 bits a weight, not 4.5. The
+            default where a float32 scale a block can be so stored.
         compute_dtype: the dtype that layers multiply in.
+        int8_threshold: with "int8", multiply as LLM.int8() does (Dettmers et al. 2022): activations
+            in 8 bits too, but for columns that hold a magnitude from this on (6.0 there). None:
+            only the weight is in 8 bits.
         include: pattern or patterns; only paths that match one are quantized. None: the defaults.
         exclude: pattern or patterns of paths to leave alone, on top of the defaults.
         overrides: pattern -> dict of the fields above, as a mapping or pairs; the first match wins.
@@ -39,19 +45,19 @@ class QuantConfig:
     """
 
     format: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
     compute_dtype: Any = jnp.bfloat16
     include: str | Iterable[str] | None = None
     exclude: str | Iterable[str] | None = None
     overrides: Mapping[str, Mapping[str, Any]] | Iterable[tuple[str, Mapping[str, Any]]] = ()
+    int8_threshold: float | None = None
 
     def __post_init__(self):
-        codebook(self.format)
-        if isinstance(self.block_size, bool) or self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size!r}")
-        if not isinstance(self.double_quant, bool):
-            raise TypeError(f"double_quant must be True or False, got {self.double_quant!r}")
+        kind = format_of(self.format)
+        self._set("block_size", _block_size(kind, self.block_size))
+        self._set("double_quant", _double_quant(kind, self.double_quant))
+        self._set("int8_threshold", _threshold(kind, self.int8_threshold))
         dtype = jnp.dtype(self.compute_dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"compute_dtype must be a floating dtype, got {dtype}")
@@ -68,8 +74,16 @@ class QuantConfig:
     def _set(self, name: str, value):
         object.__setattr__(self, name, value)
 
+    def with_format(self, format: str) -> "QuantConfig":
+        """Return this config in another format, with that format's block size and scales."""
+        return self._replace({"format": format})
+
     def _replace(self, fields) -> "QuantConfig":
-        return dataclasses.replace(self, overrides=(), **dict(fields))
+        fields = dict(fields)
+        if fields.get("format", self.format) != self.format:
+            # Another format has defaults of its own.
+            fields = {"block_size": None, "double_quant": None, "int8_threshold": None} | fields
+        return dataclasses.replace(self, overrides=(), **fields)
 
     def at(self, path: str) -> "QuantConfig":
         """Return the config for the weight at `path`: the first matching override applied."""
@@ -77,6 +91,37 @@ class QuantConfig:
             if re.search(pattern, path):
                 return self._replace(fields)
         return dataclasses.replace(self, overrides=())
+
+
+def _block_size(kind: Format, value: int | None) -> int | None:
+    if value is None:
+        return kind.block_size
+    if isinstance(value, bool) or value not in kind.block_sizes:
+        allowed = f"one of {kind.block_sizes}" if kind.block_sizes else "None"
+        raise ValueError(f"block_size must be {allowed} for {kind.name!r}, got {value!r}")
+    return value
+
+
+def _double_quant(kind: Format, value: bool | None) -> bool:
+    if value is None:
+        return kind.can_double_quant
+    if not isinstance(value, bool):
+        raise TypeError(f"double_quant must be True or False, got {value!r}")
+    if value and not kind.can_double_quant:
+        raise ValueError(
+            f"double_quant must be False for {kind.name!r}: its scales are not float32"
+        )
+    return value
+
+
+def _threshold(kind: Format, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if kind.name != "int8":
+        raise ValueError(f"int8_threshold needs format='int8', got format={kind.name!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"int8_threshold must be a positive number, got {value!r}")
+    return float(value)
 
 
 def patterns(name: str, value) -> tuple[str, ...] | None:

@@ -88,10 +88,8 @@ def _grid_codes() -> np.ndarray:
     return np.searchsorted(bounds, points).astype(np.uint8)
 
 
-def kernel_scales(scales: jax.Array | DoubleQuant) -> jax.Array | DoubleQuantScales:
+def kernel_form(scales: DoubleQuant) -> DoubleQuantScales:
     """Return the scales [*rows, blocks] of one slice as the kernels take them: [N, blocks]."""
-    if not isinstance(scales, DoubleQuant):
-        return scales.reshape(-1, scales.shape[-1])
     codes = scales.codes.reshape(-1, scales.codes.shape[-1])
     return DoubleQuantScales(codes, scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
 
@@ -100,17 +98,15 @@ def single_level(scales: DoubleQuant) -> jax.Array:
     """Return the float32 scales that a DoubleQuant stands for, of the shape of its codes."""
 
     def one(scales):
-        return decode_scales(kernel_scales(scales)).reshape(scales.codes.shape)
+        return decode_scales(kernel_form(scales)).reshape(scales.codes.shape)
 
     for _ in scales.offset.shape:
         one = jax.vmap(one)
     return one(scales)
 
 
-def take_scales(scales: jax.Array | DoubleQuant, rows: jax.Array) -> jax.Array:
+def take_scales(scales: DoubleQuant, rows: jax.Array) -> jax.Array:
     """Return the float32 scales [len(rows), blocks] of some rows of a two-dimensional slice."""
-    if not isinstance(scales, DoubleQuant):
-        return scales[rows]
     codes = scales.codes[rows]
     flat = rows[:, None] * codes.shape[-1] + np.arange(codes.shape[-1], dtype=np.int32)[None]
     products = lookup(dynamic_table(), codes) * lookup(scales.absmax, flat // SECOND_LEVEL_BLOCK)

@@ -1,8 +1,8 @@
 """Where the arrays of a 4-bit weight are on a mesh, from where its float array would be.
 
 A spec gives each axis of the float array [*batch, *slice] the mesh axes that it is sharded over.
-Codes and first-level scales are [*batch, *out, K]: K takes those of the first contract axis. The
-second level of double quantization is whole in every batch slice.
+Codes and first-level scales are [*batch, *out, K]: K takes those of the first contract axis. What a
+slice has one of, the second level of double quantization too, is whole in every batch slice.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax.core.double_quant import DoubleQuant
+from qjax.core.scales import map_scales, scales_class
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
@@ -38,7 +38,9 @@ def weight_specs(q: Any, spec: Any) -> Any:
     out, contract = [rest[i] for i in q.out_axes], rest[_major(q)]
     make: Any = PartitionSpec
     codes = make(*batch, *out, contract) if q.layout == "rows" else make(*batch, None)
-    scales = DoubleQuant(codes, make(*batch, None), make(*batch)) if q.double_quant else codes
+    first = make(*batch, *out, None) if q.kind.bits == 8 else codes  # one scale for a whole row
+    cls = scales_class(q.kind, q.double_quant)
+    scales = map_scales(cls, first, make(*batch, None), make(*batch))
     return dataclasses.replace(q, packed=codes, scales=scales)
 
 
@@ -112,7 +114,7 @@ def _check_shards(q: Any, sharding: NamedSharding, name: str) -> None:
                 f"{where}, which would split blocks of {q.block_size}: they run along the axes "
                 f"{q.contract_axes} flattened, of which only the first can be sharded"
             )
-        if (k // count) % q.block_size:
+        if q.kind.bits == 4 and (k // count) % q.block_size:
             raise ValueError(
                 f"{where}, which would split blocks of {q.block_size}: a shard has {k // count} "
                 f"of the K={k} weights of a row; use a block size that divides {k // count}"

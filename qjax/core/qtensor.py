@@ -1,4 +1,4 @@
-"""QTensor: a 4-bit weight as a pytree.
+"""QTensor: a quantized weight as a pytree.
 
 Two layouts hold the codes of one slice, whose contract axes (the ones a matmul sums over) are
 flattened to K and whose other axes are the outputs:
@@ -9,9 +9,10 @@ flattened to K and whose other axes are the outputs:
 - "flat", otherwise: the weight in [*out, K] order as one line, whose blocks straddle rows and whose
   last may be short: `packed` [ceil(size / 2)], scales [ceil(size / block_size)].
 
-The first of two codes sits in the high nibble. Axes in front of these are batch axes (stacked
-layers, experts). They are never stored: they are what `packed` has more than a slice, so that
-scan, vmap, stacking and indexing of the leaves keep every shape true.
+The first of two codes sits in the high nibble. The 8-bit formats have one code a byte and one block
+a row: `packed` [*out, K] and scales [*out, 1], always in rows. Axes in front of these are batch
+axes (stacked layers, experts). They are never stored: they are what `packed` has more than a slice,
+so that scan, vmap, stacking and indexing of the leaves keep every shape true.
 """
 
 import dataclasses
@@ -26,11 +27,21 @@ import numpy as np
 from pallas_kernels import dequantize as dequantize_rows
 from pallas_kernels.lookup import lookup
 from pallas_kernels.packing import unpack
-from pallas_kernels.scales import SECOND_LEVEL_BLOCK, decode_scales
+from pallas_kernels.scales import decode_scales
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
-from qjax.core.double_quant import DoubleQuant, kernel_scales
+from qjax.core.config import QuantConfig
+from qjax.core.double_quant import DoubleQuant
+from qjax.core.formats import Format, format_of
 from qjax.core.placement import explicit_mesh, on_device, on_mesh, weight_sharding
+from qjax.core.scales import (
+    AffineScales,
+    Scales,
+    expected,
+    float_scales,
+    kernel_scales,
+    scales_class,
+)
 
 # Scales below this can have products with a table entry (0.0052 or more) below the normal floats.
 _SUBNORMAL_PRODUCTS = np.float32(2.0**-117)
@@ -39,30 +50,44 @@ _SUBNORMAL_PRODUCTS = np.float32(2.0**-117)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-    """A weight in 4 bits. Make one with `qjax.quantize`.
+    """A weight in 4 or 8 bits. Make one with `qjax.quantize`.
 
     Nothing is checked when a pytree is rebuilt, so leaves may be None, specs or tracers; `check`
     checks.
 
     Attributes:
-        packed: uint8, two codes a byte.
-        scales: float32, or a `DoubleQuant`.
+        packed: uint8, two codes a byte; int8 or float8 in the 8-bit formats.
+        scales: float32, or a pytree such as `DoubleQuant`.
         slice_shape: logical shape of one slice.
         dtype: logical dtype, that of the weight before and of `dequantize()`.
-        format: "nf4" or "fp4".
-        block_size: weights that share a scale.
+        format: as in `QuantConfig`.
+        block_size: weights that share a scale; K in the 8-bit formats.
         contract_axes: axes of the slice that a matmul sums over, ascending.
         layout: "rows" or "flat".
+        int8_threshold: as in `QuantConfig`.
     """
 
     packed: jax.Array
-    scales: jax.Array | DoubleQuant
+    scales: Scales
     slice_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     format: str = dataclasses.field(metadata={"static": True})
     block_size: int = dataclasses.field(metadata={"static": True})
     contract_axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     layout: str = dataclasses.field(metadata={"static": True})
+    int8_threshold: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def kind(self) -> Format:
+        """What a code and a scale are."""
+        return format_of(self.format)
+
+    @property
+    def config(self) -> QuantConfig:
+        """The config that quantizes like this."""
+        block_size = self.block_size if self.kind.block_sizes else None
+        threshold = self.int8_threshold
+        return QuantConfig(self.format, block_size, self.double_quant, int8_threshold=threshold)
 
     @property
     def out_axes(self) -> tuple[int, ...]:
@@ -148,7 +173,8 @@ class QTensor:
         _check(self, name)
 
     def __repr__(self) -> str:
-        label = f"{self.format.upper()} b{self.block_size}{' dq' if self.double_quant else ''}"
+        block = f" b{self.block_size}" if self.kind.block_sizes else ""
+        label = f"{self.format.upper()}{block}{' dq' if self.double_quant else ''}"
         if not hasattr(self.packed, "ndim"):
             return f"QTensor({label}, slice {self.slice_shape}, packed={self.packed!r})"
         size = f"{self.nbytes / 1e6:.3g} MB, {self.bits_per_param:.3f} bits/param"
@@ -170,9 +196,21 @@ def _decode_slice(q: QTensor, dtype) -> jax.Array:
 
 def _decode_rows(q: QTensor, dtype) -> jax.Array:
     packed = q.packed.reshape(-1, q.packed.shape[-1])
+    if q.kind.bits == 8:
+        absmax = float_scales(q.scales)
+        return (packed.astype(jnp.float32) * absmax * q.kind.unit).astype(dtype)
+    if isinstance(q.scales, AffineScales):
+        return _decode_affine(packed, q.scales, q.block_size).astype(dtype)
     table = jnp.asarray(q.codebook)
     scales = kernel_scales(q.scales)
     return dequantize_rows(packed, scales, table, block_size=q.block_size, dtype=dtype)
+
+
+def _decode_affine(packed, scales: AffineScales, block_size: int) -> jax.Array:
+    codes = unpack(packed).astype(jnp.float32)
+    blocks = codes.reshape(codes.shape[0], -1, block_size)
+    scale, zero = (a.reshape(*blocks.shape[:2], 1) for a in (scales.scale, scales.zero))
+    return ((blocks - zero.astype(jnp.float32)) * scale).reshape(codes.shape)
 
 
 def _decode_flat(q: QTensor, dtype) -> jax.Array:
@@ -184,7 +222,9 @@ def _decode_flat(q: QTensor, dtype) -> jax.Array:
 
 
 def _meets_subnormals(q: QTensor) -> bool:
-    if isinstance(q.scales, DoubleQuant) or not (is_concrete(q.scales) and is_concrete(q.packed)):
+    if not isinstance(q.scales, jax.Array) or q.kind.bits == 8:
+        return False
+    if not (is_concrete(q.scales) and is_concrete(q.packed)):
         return False
     # A weight may be concrete inside a trace: closed over by the body of a scan.
     with jax.ensure_compile_time_eval():
@@ -221,30 +261,36 @@ def array_shapes(q: QTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if q.layout == "flat":
         return (-(-size // 2),), (-(-size // q.block_size),)
     k = math.prod(q.contract_shape)
-    return (*q.out_shape, k // 2), (*q.out_shape, k // q.block_size)
+    return (*q.out_shape, k * q.kind.bits // 8), (*q.out_shape, k // q.block_size)
 
 
 def _check(q: QTensor, name: str) -> None:
-    codebook(q.format)
     k = math.prod(q.contract_shape)
+    kind = format_of(q.format)
+    if not kind.block_sizes and q.block_size != k:
+        raise ValueError(f"{name}: block_size={q.block_size} of {q.format!r} must be K={k}")
     if q.layout != layout_for(k, q.block_size):
         raise ValueError(
             f"{name}: layout={q.layout!r} does not fit K={k} with block_size={q.block_size}"
         )
     batch = q.batch_shape
-    packed, scales = array_shapes(q)
-    first = q.scales.codes if isinstance(q.scales, DoubleQuant) else q.scales
-    expected: dict[str, tuple] = {"packed": (q.packed, packed, np.uint8)}
-    if isinstance(q.scales, DoubleQuant):
-        groups = -(-math.prod(scales) // SECOND_LEVEL_BLOCK)
-        expected["scales.codes"] = (first, scales, np.uint8)
-        expected["scales.absmax"] = (q.scales.absmax, (groups,), np.float32)
-        expected["scales.offset"] = (q.scales.offset, (), np.float32)
-    else:
-        expected["scales"] = (first, scales, np.float32)
-    for field, (leaf, shape, dtype) in expected.items():
-        if tuple(leaf.shape) != batch + shape or leaf.dtype != dtype:
-            raise ValueError(
-                f"{name}: {field} must be {np.dtype(dtype).name}{list(batch + shape)}, "
-                f"got {leaf.dtype}{list(leaf.shape)}"
-            )
+    packed, first = array_shapes(q)
+    cls = scales_class(kind, q.double_quant)
+    if (cls is None) != (not dataclasses.is_dataclass(q.scales)) or not isinstance(
+        q.scales, cls or object
+    ):
+        needed = "a float32 array" if cls is None else cls.__name__
+        raise ValueError(
+            f"{name}: scales of {q.format!r} must be {needed}, got {type(q.scales).__name__}"
+        )
+    _check_array(f"{name}: packed", q.packed, batch + packed, kind.code_dtype)
+    for field, (shape, dtype) in expected(cls, first).items():
+        leaf = getattr(q.scales, field) if field else q.scales
+        label = f"scales.{field}" if field else "scales"
+        _check_array(f"{name}: {label}", leaf, batch + shape, dtype)
+
+
+def _check_array(name: str, leaf: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    if tuple(leaf.shape) != shape or leaf.dtype != dtype:
+        found = f"{leaf.dtype}{list(leaf.shape)}"
+        raise ValueError(f"{name} must be {np.dtype(dtype).name}{list(shape)}, got {found}")

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.core.blockwise import quantize
-from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
 from qjax.hf.gguf import GGUFFile
 from qjax.hf.layout import Stored
@@ -56,13 +55,10 @@ def read_quantized(source: Checkpoint, where: Stored, like: QTensor) -> QTensor:
         like: of the whole weight, abstract: its shape, dtype, format and double quantization.
     """
     each = like.shape[len(where.stack) :]
-    config = QuantConfig(
-        format=like.format, block_size=like.block_size, double_quant=like.double_quant
-    )
     found = []
     for name in where.names:
         w = jnp.asarray(_read(source, name, where, each), like.dtype)
-        q = quantize(w, config, (where.block_axis,), batch_ndim=w.ndim - 2, name=name)
+        q = quantize(w, like.config, (where.block_axis,), batch_ndim=w.ndim - 2, name=name)
         if where.transposed:  # the same bytes, described the other way round
             q = dataclasses.replace(q, slice_shape=q.slice_shape[::-1], contract_axes=(0,))
         found.append(jax.block_until_ready(q))

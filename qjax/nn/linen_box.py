@@ -106,10 +106,9 @@ class QuantBox(meta.AxisMetadata):
         q = self.q
         if isinstance(val, QTensor):
             return dataclasses.replace(self, q=val)
-        cfg = QuantConfig(q.format, q.block_size, q.double_quant)
         batch_ndim = val.ndim - len(q.slice_shape)
         b = None if self.lora_b is None else jnp.zeros_like(self.lora_b)
-        new = quantize(val, cfg, q.contract_axes, batch_ndim=batch_ndim)
+        new = quantize(val, q.config, q.contract_axes, batch_ndim=batch_ndim)
         return dataclasses.replace(self, q=new, lora_b=b)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "QuantBox":

@@ -6,6 +6,7 @@ sharded: each axis as the operand that it comes from, a mesh axis at most once.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,6 +60,8 @@ def product(x: jax.Array, q: QTensor, transpose: bool, local: Callable) -> jax.A
     batch = tuple(a or b for a, b in zip(batch, x_batch))
     kept = [weight[i] for i in (q.contract_axes if transpose else q.out_axes)]
     result = NamedSharding(mesh, _spec([*batch, *rows, *kept]))
+    if q.kind.bits == 8:  # an ordinary product
+        return on_mesh(functools.partial(local, shard=None), result, x, q)
     # A mesh axis shards one of rows and weight: what is gathered is the smaller one. That does not
     # show in how the result is sharded.
     if nbytes(x) < nbytes(q.packed):

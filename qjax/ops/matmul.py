@@ -4,6 +4,7 @@ The residual of the backward pass is the packed weight itself: x is not needed, 
 no gradient, and nothing decoded is kept.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -13,15 +14,16 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
-from qjax.core.double_quant import DoubleQuant, dynamic_table, kernel_scales
+from qjax.core.double_quant import DoubleQuant, dynamic_table
 from qjax.core.placement import explicit_mesh, on_device, place, sharding_of
 from qjax.core.qtensor import QTensor
-from qjax.ops import explicit, trace
+from qjax.core.scales import AffineScales, float_scales, kernel_scales
+from qjax.ops import eight_bit, explicit, trace
 from qjax.ops.partition import local_product, product
 
 
 def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> jax.Array:
-    """Multiply x by a 4-bit weight: `x @ q.dequantize(x.dtype)`, accumulated in float32.
+    """Multiply x by a quantized weight: `x @ q.dequantize(x.dtype)`, accumulated in float32.
 
     Args:
         x: floating [*batch, ..., K], where K is the product of q's contract axes and `batch` are
@@ -55,7 +57,7 @@ def matmul(x: jax.Array, q: QTensor, *, implementation: str | None = None) -> ja
 def einsum(
     equation: str, x: jax.Array, q: QTensor, *, implementation: str | None = None
 ) -> jax.Array:
-    """Contract x with a 4-bit weight: `jnp.einsum(equation, x, q.dequantize(x.dtype))`.
+    """Contract x with a quantized weight: `jnp.einsum(equation, x, q.dequantize(x.dtype))`.
 
     An equation that sums over exactly q's contract axes (or exactly over its other axes: the
     transposed product) runs the matmul kernels. Any other decodes the weight, and warns once.
@@ -166,6 +168,9 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
     if q.layout == "flat":
         trace.record("decode", f"{op} in the flat layout", q)
         return
+    if q.kind.bits == 8:
+        trace.record(op, "xla, in 8 bits" if q.int8_threshold else "xla, codes widened", q)
+        return
     out, k = math.prod(q.out_shape), math.prod(q.contract_shape)
     batch_ndim = len(q.batch_shape)
 
@@ -189,6 +194,8 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
 
 def _product(x, q, transpose, implementation):
     """Multiply [*batch, *rows, *summed] by q, or transposed: [*batch, *rows, *kept]."""
+    if not transpose:
+        trace.observe(x, q)
     mesh = explicit_mesh(x, q.packed)
     if mesh is None:
         return _contract(x, q, transpose, implementation, None)
@@ -225,6 +232,8 @@ def _contract_fwd(x, q, transpose, implementation, sharding):
 
 
 def _contract_bwd(transpose, implementation, sharding, q, g):
+    # Gradients are multiplied by the weight as it is: LLM.int8() has 8-bit activations only.
+    q = dataclasses.replace(q, int8_threshold=None)
     dx = _contract(g, q, not transpose, implementation, sharding)
     return dx if sharding is None else place(dx, sharding), None
 
@@ -240,12 +249,31 @@ def _slice_product(x, q, transpose, implementation, shard):
         contract = ((1,), (0 if transpose else 1,))
         y = jax.lax.dot_general(x, w, (contract, ((), ())), preferred_element_type=jnp.float32)
         return y.astype(x.dtype)
-    scales, second = q.scales, ()
-    if isinstance(scales, DoubleQuant):
-        second = (scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
-        scales = scales.codes
-    packed, scales = (a.reshape(-1, a.shape[-1]) for a in (q.packed, scales))
+    if q.kind.bits == 8:
+        return eight_bit.product(x, q, transpose)
+    second = ()
+    if isinstance(q.scales, DoubleQuant):
+        second = (q.scales.absmax, q.scales.offset, jnp.asarray(dynamic_table()))
+        scales = q.scales.codes.reshape(-1, q.scales.codes.shape[-1])
+    else:
+        scales = kernel_scales(q.scales)
+    packed = q.packed.reshape(-1, q.packed.shape[-1])
     operands = x, packed, scales, jnp.asarray(q.codebook), *second
     if shard is None:
-        return product(q.block_size, transpose, implementation)(*operands)
-    return shard.product(local_product(q.block_size, transpose, implementation), *operands)
+        y = product(q.block_size, transpose, implementation)(*operands)
+    else:
+        local = local_product(q.block_size, transpose, implementation)
+        y = local(*operands, origin=shard.origin(scales), pitch=shard.pitch)
+    if isinstance(q.scales, AffineScales):
+        y = y + _offset_product(x, q.scales, q.block_size, transpose)
+    return y if shard is None else shard.add_up(y)
+
+
+def _offset_product(x, scales: AffineScales, block_size: int, transpose: bool):
+    """Multiply by what the zero points add to W: one number for each block."""
+    offsets = float_scales(scales.offsets())  # [N, K / block_size]
+    wide = x.astype(jnp.float32)
+    if transpose:
+        return jnp.repeat(wide @ offsets, block_size, axis=1).astype(x.dtype)
+    blocks = wide.reshape(x.shape[0], -1, block_size).sum(axis=-1)
+    return (blocks @ offsets.T).astype(x.dtype)

@@ -42,11 +42,13 @@ class Shard(NamedTuple):
     transpose: bool
     pitch: int
 
-    def product(self, local, x, packed, scales, *rest) -> jax.Array:
-        """Multiply the shards that this device has, and add up where the sum is sharded."""
+    def origin(self, scales: jax.Array) -> jax.Array:
+        """Return the row and the block of the whole weight at which this device's part starts."""
         sharded = zip((self.rows, self.blocks), scales.shape, strict=True)
-        origin = jnp.stack([_position(axis, self.mesh) * size for axis, size in sharded])
-        y = local(x, packed, scales, *rest, origin=origin, pitch=self.pitch)
+        return jnp.stack([_position(axis, self.mesh) * size for axis, size in sharded])
+
+    def add_up(self, y: jax.Array) -> jax.Array:
+        """Return the sum of what the devices have, where the summed axis is sharded."""
         summed = axis_names(self.rows if self.transpose else self.blocks)
         if not summed:
             return y
@@ -110,7 +112,11 @@ def _partitioned(local, block_size: int, transpose: bool, second_count: int):
         weight = [PartitionSpec(rows, blocks)] * 2
         specs = [PartitionSpec(batch, summed), *weight, *[PartitionSpec()] * (second_count + 1)]
         shard = Shard(mesh, rows, blocks, transpose, arg_shapes[2].shape[1])
-        run = functools.partial(shard.product, local)
+
+        def run(x, packed, scales, *rest):
+            origin = shard.origin(scales)
+            return shard.add_up(local(x, packed, scales, *rest, origin=origin, pitch=shard.pitch))
+
         shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
         return mesh, run, NamedSharding(mesh, PartitionSpec(batch, kept)), shardings
 

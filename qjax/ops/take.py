@@ -1,21 +1,21 @@
-"""Rows of a 4-bit table: the embedding lookup."""
+"""Rows of a quantized table: the embedding lookup."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dequantize
-from qjax.core.double_quant import take_scales
 from qjax.core.placement import on_device, padded
 from qjax.core.qtensor import QTensor
+from qjax.core.scales import rows_of
 from qjax.ops import trace
 from qjax.ops.explicit import compiled, entries
 
 
 def take(q: QTensor, ids: jax.Array, *, dtype=None) -> jax.Array:
-    """Look up rows of a 4-bit table: `jnp.take(q.dequantize(), ids, axis=0)`.
+    """Look up rows of a quantized table: `jnp.take(q.dequantize(), ids, axis=0)`.
 
     Only the rows that are asked for are decoded if the table was quantized along its features
     (`contract_axes=(1,)`, as embeddings are) in the rows layout; otherwise all of it is.
@@ -60,12 +60,12 @@ def _rows(q: QTensor, ids: jax.Array, dtype) -> jax.Array:
     rows = jnp.where(rows < 0, rows + q.shape[0], rows)
     inside = (rows >= 0) & (rows < q.shape[0])
     rows = jnp.where(inside, rows, 0)
-    values = dequantize(
-        q.packed[rows],
-        take_scales(q.scales, rows),
-        jnp.asarray(q.codebook),
-        block_size=q.block_size,
-        dtype=dtype,
+    some = dataclasses.replace(
+        q,
+        packed=q.packed[rows],
+        scales=rows_of(q.scales, rows),
+        slice_shape=(rows.size, q.shape[1]),
     )
+    values = some.dequantize(dtype)
     values = jnp.where(inside[:, None], values, np.array(np.nan, dtype))
     return jax.lax.stop_gradient(values).reshape(*ids.shape, q.shape[1])

@@ -1,13 +1,17 @@
 """What ran for each weight: a record that `qjax.report` switches on while it traces a call.
 
-It works on Python values at trace time alone, so it costs nothing in compiled code.
+It works on Python values at trace time alone, so it costs nothing in compiled code. Calibration
+watches the activations in the same way, while a model runs.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import NamedTuple
+
+import jax
 
 from qjax.core.qtensor import QTensor
 
@@ -22,6 +26,9 @@ class Record(NamedTuple):
 
 _records: ContextVar[list[Record] | None] = ContextVar("qjax_trace_records", default=None)
 _names: ContextVar[Mapping[int, str]] = ContextVar("qjax_trace_names", default=MappingProxyType({}))
+_observer: ContextVar[Callable[[str, jax.Array], None] | None] = ContextVar(
+    "qjax_trace_observer", default=None
+)
 _path: ContextVar[str | None] = ContextVar("qjax_trace_path", default=None)
 
 
@@ -38,6 +45,24 @@ def recording(names: Mapping[int, str] = MappingProxyType({})) -> Iterator[list[
         yield records
     finally:
         _records.reset(tokens[0])
+        _names.reset(tokens[1])
+
+
+@contextlib.contextmanager
+def observing(
+    observer: Callable[[str, jax.Array], None], names: Mapping[int, str] = MappingProxyType({})
+) -> Iterator[None]:
+    """Call `observer(path, x)` with what multiplies each weight inside: x [*batch, M, K].
+
+    Args:
+        observer: told of weights whose path is known.
+        names: as in `recording`.
+    """
+    tokens = _observer.set(observer), _names.set(names)
+    try:
+        yield
+    finally:
+        _observer.reset(tokens[0])
         _names.reset(tokens[1])
 
 
@@ -62,9 +87,20 @@ def is_recording() -> bool:
 def record(op: str, detail: str, q: QTensor | None = None) -> None:
     """Note a use of the current weight, or else of q if it has a name, if anybody listens."""
     records = _records.get()
-    if records is None:
-        return
+    if records is not None:
+        records.append(Record(_path_of(q), op, detail))
+
+
+def observe(x: jax.Array, q: QTensor) -> None:
+    """Show what multiplies the current weight, as [*batch, M, K], if anybody watches."""
+    observer, path = _observer.get(), _path_of(q)
+    if observer is not None and path is not None:
+        k = math.prod(q.contract_shape)
+        observer(path, x.reshape(*q.batch_shape, -1, k))
+
+
+def _path_of(q: QTensor | None) -> str | None:
     path = _path.get()
     if path is None and q is not None:
         path = _names.get().get(id(q.packed))
-    records.append(Record(path, op, detail))
+    return path

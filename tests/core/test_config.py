@@ -27,9 +27,18 @@ def test_the_first_matching_override_wins():
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
-        ({"format": "nf5"}, ValueError, r"format must be one of \['fp4', 'nf4'\], got 'nf5'"),
+        ({"format": "nf5"}, ValueError, r"format must be one of \[.*'nf4'.*\], got 'nf5'"),
         ({"block_size": 48}, ValueError, "block_size must be one of .*32.*4096.*got 48"),
         ({"block_size": True}, ValueError, "block_size must be one of"),
+        ({"format": "mxfp4", "block_size": 64}, ValueError, r"must be one of \(32,\) for 'mxfp4'"),
+        ({"format": "int8", "block_size": 64}, ValueError, "block_size must be None for 'int8'"),
+        (
+            {"format": "int8", "double_quant": True},
+            ValueError,
+            "double_quant must be False for 'int8'",
+        ),
+        ({"int8_threshold": 6.0}, ValueError, "int8_threshold needs format='int8', got .*nf4"),
+        ({"format": "int8", "int8_threshold": 0}, ValueError, "must be a positive number, got 0"),
         ({"double_quant": 1}, TypeError, "double_quant must be True or False, got 1"),
         ({"compute_dtype": jnp.int8}, ValueError, "compute_dtype must be a floating dtype"),
         ({"include": "("}, ValueError, r"include: '\(' is no regular expression"),
