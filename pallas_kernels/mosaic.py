@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic.gpu import utils
-from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 from jax.extend.mlir.dialects import math as math_dialect
 from jax.extend.mlir.dialects import vector as vector_dialect
+
+from pallas_kernels.mosaic_int import Int, f32, i32, i64
 
 # The dialects that `jax.extend` lacks.
 llvm, gpu = utils.llvm, utils.gpu
@@ -64,85 +64,9 @@ def shared_bytes(scratch: dict) -> int:
 # Registers
 
 
-def i32() -> ir.Type:
-    """The type of a word."""
-    return ir.IntegerType.get_signless(32)
-
-
-def i64() -> ir.Type:
-    """The type of a global address."""
-    return ir.IntegerType.get_signless(64)
-
-
-def f32() -> ir.Type:
-    """The type of a float."""
-    return ir.F32Type.get()
-
-
 def element_type(dtype: jax.typing.DTypeLike) -> ir.Type:
     """The MLIR type of a JAX dtype."""
     return utils.dtype_to_ir_type(jnp.dtype(dtype))
-
-
-class Int:
-    """An unsigned 32- or 64-bit register. Comparisons give an i1 value for `when` and `select`."""
-
-    def __init__(self, value: int | ir.Value):
-        self.value = arith.constant(i32(), value) if isinstance(value, int) else value
-
-    def _operands(self, other: "int | Int") -> tuple[ir.Value, ir.Value]:
-        if isinstance(other, int):
-            return self.value, arith.constant(self.value.type, other)
-        return self.value, other.value
-
-    def __add__(self, other):
-        return Int(arith.addi(*self._operands(other)))
-
-    def __sub__(self, other):
-        return Int(arith.subi(*self._operands(other)))
-
-    def __mul__(self, other):
-        return Int(arith.muli(*self._operands(other)))
-
-    def __floordiv__(self, other):
-        return Int(arith.divui(*self._operands(other)))
-
-    def __mod__(self, other):
-        return Int(arith.remui(*self._operands(other)))
-
-    def __and__(self, other):
-        return Int(arith.andi(*self._operands(other)))
-
-    def __or__(self, other):
-        return Int(arith.ori(*self._operands(other)))
-
-    def __xor__(self, other):
-        return Int(arith.xori(*self._operands(other)))
-
-    def __lshift__(self, other):
-        return Int(arith.shli(*self._operands(other)))
-
-    def __rshift__(self, other):
-        return Int(arith.shrui(*self._operands(other)))
-
-    def __lt__(self, other) -> ir.Value:
-        return arith.cmpi(arith.CmpIPredicate.ult, *self._operands(other))
-
-    def equals(self, other) -> ir.Value:
-        """Whether they are equal, as an i1 value."""
-        return arith.cmpi(arith.CmpIPredicate.eq, *self._operands(other))
-
-    def at_most(self, other) -> "Int":
-        """The lesser."""
-        return Int(arith.minui(*self._operands(other)))
-
-    def wide(self) -> "Int":
-        """Zero-extend to 64 bits."""
-        return Int(arith.extui(i64(), self.value))
-
-    def narrow(self) -> "Int":
-        """The low 32 bits."""
-        return Int(arith.trunci(i32(), self.value))
 
 
 def thread_index() -> Int:
@@ -153,6 +77,11 @@ def thread_index() -> Int:
 def block_index() -> Int:
     """This block in the grid."""
     return Int(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
+
+
+def cluster_rank() -> Int:
+    """This block in its cluster."""
+    return Int(arith.index_cast(i32(), gpu.cluster_block_id(gpu.Dimension.x)))
 
 
 def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
@@ -172,6 +101,15 @@ def both(a: ir.Value, b: ir.Value) -> ir.Value:
 when = utils.when
 
 
+def branch(condition: ir.Value, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    """Run one of two bodies."""
+    op = scf.IfOp(condition, [], has_else=True)
+    for block, body in ((op.then_block, yes), (op.else_block, no)):
+        with ir.InsertionPoint(block):
+            body()
+            scf.YieldOp([])
+
+
 def loop(stop: Int, carry: Sequence[ir.Value], body: Callable) -> list[ir.Value]:
     """Run `carry = body(i, carry)` for i in [0, stop)."""
     op = scf.ForOp(Int(0).value, stop.value, Int(1).value, list(carry))
@@ -188,6 +126,29 @@ def and_or(a: Int, b: Int, c: Int) -> Int:
 def sync_block() -> None:
     """Wait for all threads of the block; what they wrote before can be read."""
     gpu.barrier()
+
+
+def sync_cluster() -> None:
+    """Wait for all threads of the cluster, to initialize barriers or before leaving.
+
+    It orders nothing else: a release would wait for every store in flight.
+    """
+    text = "barrier.cluster.arrive.relaxed; barrier.cluster.wait;"
+    _asm(None, [], text, "~{memory}", effects=True)
+
+
+def sync_threads(barrier: Int, count: int) -> None:
+    """Wait for `count` threads at one of the barriers 1 to 15 (0 is `sync_block`)."""
+    _asm(None, [barrier], f"bar.sync $0, {count};", "r,~{memory}", effects=True)
+
+
+def set_registers(count: int, launch: int) -> None:
+    """By a warpgroup: hold `count` registers a thread, a multiple of 8; the launch gave `launch`.
+
+    ptxas honours it where each kind of warpgroup has one side of one branch.
+    """
+    change = "inc" if count > launch else "dec"
+    _asm(None, [], f"setmaxnreg.{change}.sync.aligned.u32 {count};", "", effects=True)
 
 
 def _asm(result, operands, text, constraints, effects=False):
@@ -272,26 +233,6 @@ def permute(a: Int, b: Int, selector: Int) -> Int:
     return Int(_asm(i32(), [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"))
 
 
-def decode_permuted(word: Int, planes: Sequence[Int]) -> list[Int]:
-    """The 8 codes of a packed word as 4 pairs, in the order of K, without memory.
-
-    `planes` are the 16 codes' high bytes, then low bytes, 4 in a word. A permutation selects by 3
-    bits of each nibble out of 8 bytes, so two of them and the nibble's top bit find one of 16.
-    """
-    index = word & 0x77777777
-    choose = ((word >> 1) & 0x44444444) | 0x32103210
-    pairs = []
-    for shift in (0, 16):
-        low_bits, top_bits = index >> shift, choose >> shift
-        high, low = (
-            permute(permute(p[0], p[1], low_bits), permute(p[2], p[3], low_bits), top_bits)
-            for p in (planes[:4], planes[4:])
-        )
-        # The high nibble of a byte comes first along K.
-        pairs += [permute(low, high, Int(0x4051)), permute(low, high, Int(0x6273))]
-    return pairs
-
-
 def mma(acc: Sequence[ir.Value], a: Sequence[Int], b: Sequence[Int], dtype) -> list[ir.Value]:
     """One m16n8k16 step: acc (4 floats) + a (4 words of pairs) x b (2 words of pairs)."""
     name = _ptx_name(dtype)
@@ -334,6 +275,15 @@ def wgmma_finish(acc: Sequence[ir.Value], a: Sequence[Int]) -> list[ir.Value]:
     return _tied(acc, a, "wgmma.wait_group.sync.aligned 0;", ["r"] * len(a))
 
 
+def wgmma_wait(pending: int, a: Sequence[Int]) -> None:
+    """Wait until at most `pending` of the products started last still run.
+
+    `a` are left operands of those that end: their registers are not used again before.
+    """
+    text = f"wgmma.wait_group.sync.aligned {pending};"
+    _asm(None, a, text, ",".join(["r"] * len(a) + ["~{memory}"]), effects=True)
+
+
 def _tied(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
     """Inline code that reads and writes the floats `acc` in place."""
     ties = [str(i) for i in range(len(acc))]
@@ -350,6 +300,11 @@ def matrix_descriptor(address: Int, row_step: int, group_step: int) -> Int:
     """
     constant = (row_step >> 4 << 16) | (group_step >> 4 << 32)
     return (address >> 4 & 0x3FFF).wide() + constant
+
+
+def swizzled_descriptor(address: Int) -> Int:
+    """A wgmma operand in shared memory: rows of 128 bytes along k, swizzled by 128."""
+    return (address >> 4 & 0x3FFF).wide() + (1 << 62 | 1024 >> 4 << 32 | 1 << 16)
 
 
 # Memory: a 32-bit address is in the shared window, a 64-bit one is global.
@@ -417,6 +372,40 @@ def store_words(address: Int, words: Sequence[Int]) -> None:
     llvm.store(vector, _pointer(address), alignment=16)
 
 
+def load_matrices_transposed(row: Int) -> list[Int]:
+    """Load four 8 x 8 matrices of 16-bit values, transposed.
+
+    Lane 8 i + j gives the shared address of row j (16 bytes) of matrix i. Word i holds column
+    lane / 4 of rows 2 (lane % 4) and the next of matrix i.
+    """
+    text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    result = llvm.StructType.get_literal([i32()] * 4)
+    out = _asm(result, [row], text, "=r,=r,=r,=r,r,~{memory}", effects=True)
+    return [Int(llvm.extractvalue(i32(), out, [i])) for i in range(4)]
+
+
+def store_floats(address: Int, values: Sequence[ir.Value]) -> None:
+    """Store 4 consecutive floats, 16-byte aligned."""
+    vector = vector_dialect.from_elements(ir.VectorType.get((4,), f32()), list(values))
+    llvm.store(vector, _pointer(address), alignment=16)
+
+
+def signal(address: Int) -> None:
+    """Set a word in device memory to 1, after all that this thread knows to be written."""
+    _asm(None, [address], "st.release.gpu.global.b32 [$0], 1;", "l,~{memory}", effects=True)
+
+
+def await_signal(address: Int) -> None:
+    """Wait until a word in device memory is not 0; what was written before can be read."""
+    text = (
+        "{ .reg .pred zero; .reg .b32 seen;\n"
+        "again: ld.acquire.gpu.global.b32 seen, [$0];\n"
+        "setp.eq.b32 zero, seen, 0;\n"
+        "@zero bra again; }"
+    )
+    _asm(None, [address], text, "l,~{memory}", effects=True)
+
+
 def store_matrices_transposed(row: Int, words: Sequence[Int]) -> None:
     """Store four 8 x 8 matrices of 16-bit values, held as mma fragments, transposed.
 
@@ -424,38 +413,6 @@ def store_matrices_transposed(row: Int, words: Sequence[Int]) -> None:
     """
     text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
     _asm(None, [row, *words], text, "r,r,r,r,r,~{memory}", effects=True)
-
-
-# Values that Pallas carries between inlined bodies
-
-
-def to_vector(value: Int | ir.Value, layout: plgpu.Layout) -> FragmentedArray:
-    """An array with one element a thread, in a strided layout of vector size 1."""
-    value = value.value if isinstance(value, Int) else value
-    vector = vector_dialect.from_elements(ir.VectorType.get((1,), value.type), [value])
-    signed = False if isinstance(value.type, ir.IntegerType) else None
-    registers = np.full((1,), vector, dtype=object)
-    return FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
-
-
-def from_vector(array: FragmentedArray) -> Int | ir.Value:
-    """This thread's element of such an array."""
-    [vector] = array.registers.flat
-    return _number(vector_dialect.extract(vector, [], [0]))
-
-
-def from_scalar(array: FragmentedArray) -> Int | ir.Value:
-    """The value of a scalar, the same in every thread."""
-    return _number(array.registers.item())
-
-
-def _number(value: ir.Value) -> Int | ir.Value:
-    return Int(value) if isinstance(value.type, ir.IntegerType) else value
-
-
-def split(pair: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The elements of a vector of two."""
-    return tuple(vector_dialect.extract(pair, [], [i]) for i in range(2))
 
 
 # Asynchronous copies
@@ -484,6 +441,20 @@ class Barriers:
         text = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;"
         _asm(None, [self.address(slot), size], text, "r,r,~{memory}", effects=True)
 
+    def arrive(self, slot: Int) -> None:
+        """Arrive, after what this thread read and wrote."""
+        text = "mbarrier.arrive.shared::cta.b64 _, [$0];"
+        _asm(None, [self.address(slot)], text, "r,~{memory}", effects=True)
+
+    def arrive_at(self, slot: Int, rank: Int) -> None:
+        """The same, on the barrier of another block of the cluster; orders nothing there."""
+        text = (
+            "{ .reg .b32 there;\n"
+            "mapa.shared::cluster.u32 there, $0, $1;\n"
+            "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
+        )
+        _asm(None, [self.address(slot), rank], text, "r,r,~{memory}", effects=True)
+
     def reference(self, slot: Int) -> utils.BarrierRef:
         """The same for `copy_tensor`."""
         return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
@@ -505,12 +476,20 @@ def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
 
 
 def copy_tensor(
-    context, source: ir.Value, target: ir.Value, place: Sequence[Int], shape, barrier, swizzle: int
+    context,
+    source: ir.Value,
+    target: ir.Value,
+    place: Sequence[Int],
+    shape,
+    barrier,
+    swizzle: int,
+    shared: bool = False,
 ) -> None:
     """By one thread: copy a box of a kernel argument; zeros where it passes the end.
 
     The box starts at `place`; leading dimensions that `shape` lacks are indices. It brings its own
-    arrival to the barrier.
+    arrival to the barrier. With `shared`, all blocks of the cluster copy the same box to the same
+    slot, each a part of it for all.
     """
     index = ir.IndexType.get()
     starts = [arith.index_castui(index, p.value) for p in place]
@@ -523,6 +502,7 @@ def copy_tensor(
         barrier=barrier,
         swizzle=swizzle,
         predicate=None,
+        collective=(gpu.Dimension.x,) if shared else None,
     )
 
 

@@ -28,6 +28,8 @@ from qjax.swap.merge import merge_lora as merge_lora
 from qjax.swap.nnx import add_lora as add_lora
 from qjax.swap.nnx import quantize_model as quantize_model
 from qjax.swap.offload import offload as offload
+from qjax.swap.qat import fake_quantize_params as fake_quantize_params
+from qjax.swap.qat import fake_quantized as fake_quantized
 from qjax.swap.report import memory_footprint as memory_footprint
 from qjax.swap.report import report as report
 from qjax.swap.shardings import shardings as shardings

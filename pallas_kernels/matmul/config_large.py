@@ -6,51 +6,55 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class LargeTiles:
-    """Tiles of `mosaic_large`.
+    """Tiles of `mosaic_large`, each of 128 outputs.
 
     Attributes:
-        outputs: outputs of a block's tile, 64 or 128.
-        rows: rows of x of a tile, 128 or 256.
-        slots: steps in flight, a multiple of `decoders`.
-        decoders: warpgroups that decode.
-        registers: a thread's registers when multiplying and when decoding; None leaves the split
-            to the launch.
+        rows: rows of x of a tile, a multiple of 64 up to 256.
+        slots: steps in flight.
+        split: clusters of blocks for a tile, at most; 0 gives each whole tiles.
     """
 
-    outputs: int = 128
     rows: int = 256
-    slots: int = 4
-    decoders: int = 1
-    registers: tuple[int, int] | None = (208, 88)
+    slots: int = 5
+    split: int = 2
 
 
-# Microseconds of a step of 64 along the contraction, by measurement on an H100 (SXM).
-LARGE_STEP_US = {
-    LargeTiles(128, 256, 4, 1, (208, 88)): 0.86,
-    LargeTiles(64, 256, 4, 2, None): 0.45,
-    LargeTiles(64, 128, 6, 2, None): 0.40,
-}
-_LARGE_TILE_US = 2.0  # a tile beside its steps: filling the ring, writing the result
-_TRANSPOSED = 1.1  # every step of the transposed product has scales of other rows
+LARGE_TILES = (
+    LargeTiles(256, 5, 0),
+    LargeTiles(256, 5, 2),
+    LargeTiles(256, 5, 4),
+    LargeTiles(128, 8, 0),
+    LargeTiles(128, 8, 2),
+)
+# Microseconds, by measurement on an H100 (SXM): of a step of 64 and of adding a sum, by the tile's
+# rows of x; of a launch; of starting and storing a tile, or a part of one.
+_STEP_US = {256: 0.695, 128: 0.54}
+_SUM_US = {256: 5.5, 128: 3.0}
+_LAUNCH_US, _PART_US = 3.5, 2.6
+_CACHED_ROWS, _UNCACHED = 2048, 1.1  # beyond so many rows of x, steps take longer
 
 
-def large_time(
-    tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int, transpose: bool = False
-) -> float:
+def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int) -> float:
     """Estimated microseconds of `mosaic_large`."""
-    waves = math.ceil(math.ceil(outputs / tiles.outputs) * math.ceil(m / tiles.rows) / sms)
-    step = LARGE_STEP_US[tiles] * (_TRANSPOSED if transpose else 1)
-    return waves * (contracted / 64 * step + _LARGE_TILE_US)
+    count = math.ceil(outputs / 256) * math.ceil(m / tiles.rows)  # of tiles, each of a cluster
+    clusters = min(sms // 2, count * max(1, tiles.split))
+    share = count / clusters if tiles.split else math.ceil(count / clusters)
+    parts, sums = math.ceil(share), 0
+    if clusters > count:  # of a tile: the head adds the others
+        sums = math.ceil(clusters / count) - (clusters % count == 0)
+    elif share % 1:
+        parts, sums = parts + 1, 1
+    step = _STEP_US[tiles.rows] * (_UNCACHED if m > _CACHED_ROWS else 1)
+    steps = share * 2 * math.ceil(contracted / 128)
+    return _LAUNCH_US + steps * step + parts * _PART_US + sums * _SUM_US[tiles.rows]
 
 
 def choose_large(m: int, outputs: int, contracted: int, sms: int) -> LargeTiles:
-    """The tiles of the least estimated time; `outputs` is a multiple of 64."""
-    tiles = [t for t in LARGE_STEP_US if outputs % t.outputs == 0]
-    return min(tiles, key=lambda t: large_time(t, m, outputs, contracted, sms))
+    """The tiles of the least estimated time."""
+    return min(LARGE_TILES, key=lambda t: large_time(t, m, outputs, contracted, sms))
 
 
 def decoded_time(m: int, n: int, k: int) -> float:
     """Estimated microseconds of a decode kernel and then XLA's dot, on an H100 (SXM)."""
-    # XLA's dot of a small weight (4096 x 4096) is slow until there are many rows.
-    rate = 600e6 if n * k <= 2**25 and m < 8192 else 780e6
-    return n * k * (2.5 + 4 / 64) / 2.75e6 + 2 + 2 * m * n * k / rate
+    decode = n * k * (2.5 + 4 / 64) / 2.75e6 + 1
+    return decode + max(2 * m * n * k / 770e6, 2 * n * k / 2.6e6) + 6

@@ -10,6 +10,8 @@ def matmul(x, packed, scales, codebook, *, block_size, transpose=False, layer=No
     w = triton.dequantize(
         packed, scales, codebook, block_size=block_size, dtype=x.dtype, layer=layer
     )
+    # XLA would merge the products of one x (q, k and v, say) and first copy their weights together.
+    x, w = jax.lax.optimization_barrier((x, w))
     contract = ((1,), (0,)) if transpose else ((1,), (1,))
     # cuBLAS accumulates 16-bit products in float32 and rounds once; asking for a float32 result
     # would write and read it in that type.

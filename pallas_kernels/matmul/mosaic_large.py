@@ -1,18 +1,23 @@
-"""Hopper matmul for many rows of x: decoded in shared memory, never in device memory.
+"""Hopper matmul for many rows of x: decoded into registers, never in memory.
 
-A block computes a tile of the transposed result, y.T = W @ x.T, in steps of 64 along the
-contraction, with warpgroups of two kinds around a ring of shared-memory slots:
+A block computes tiles of the transposed result, y.T = W @ x.T, 128 outputs by up to 256 rows of x,
+in steps of 64 along the contraction, with three warpgroups around a ring of shared-memory slots:
 
-    decoders   wait for a free slot, start the copy of x into it, turn packed bytes into a bf16
-               tile of W beside it
-    multipliers   one for each 64 rows of the tile: wgmma, both operands from shared memory
+    one copier       starts the copies of packed bytes and of x into a free slot, and puts the
+                     step's scales beside them
+    two multipliers  64 outputs each: decode a step into the registers of wgmma's left operand while
+                     the tensor cores multiply the step before
 
-The tensor cores run at the rate of shared memory here, so decoding uses none but to read the packed
-words and write the tile: codes come from registers, by byte permutations. Codes and scales are
-rounded to x's dtype and multiplied there.
+Codes come from registers too, by byte permutations. Codes and scales are rounded to x's dtype and
+multiplied there. The product with the weight contracted along N (dX = dY @ W) differs only in how a
+lane gathers its part of the packed bytes: `mosaic_left`.
 
-The transposed product (dX = dY @ W) differs in which side of the packed tile is contracted: the
-decoded tile is the same bytes, and wgmma reads it transposed.
+Two blocks make a cluster: they have neighbouring outputs and the same rows of x, and each copies
+half of these for both; the L2 cache has not the bandwidth for a copy each.
+
+Clusters share the work evenly, to two steps: a share may start or end inside a tile. The one with
+the start of a tile adds the sums of the others, in order, through device memory. It waits only for
+clusters of lower numbers, which the GPU starts earlier.
 """
 
 import functools
@@ -24,49 +29,48 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded_time, large_time
-from pallas_kernels.matmul.problem import Problem, describe
-from pallas_kernels.scales import SECOND_LEVEL_BLOCK
+from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Lane, Rows, code_planes
+from pallas_kernels.matmul.problem import Operands, Problem, describe
 
-STEP = 64  # contracted elements of a slot: one 128-byte swizzled row of 16-bit values
-CHUNK = 32  # weights of a 16-byte load of packed bytes
-AHEAD = 4  # steps between the load of a scale and its use
-MIN_STEPS = 8  # prefetches reach at most so far
-TABLE = 256  # second-level scale table
-VECTOR = plgpu.Layout.WG_STRIDED((mg.WARPGROUP,), vec_size=1)  # one value a thread
-SCALAR = plgpu.Layout.WG_SPLAT(())
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+CLUSTER = 2  # blocks
+MULTIPLIERS = 2  # warpgroups
+MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
+COPY_GROUP = 4  # steps whose scales are loaded together
+LAUNCH_REGISTERS = 168  # a thread's share when 384 threads start
+MULTIPLIER_REGISTERS, COPIER_REGISTERS = 232, 40
+ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
 
 
 def matmul(x, packed, scales, codebook, *, block_size, transpose=False, layer=None, config=None):
     """See `pallas_kernels.matmul`. `config` are `LargeTiles`; None estimates the best."""
-    n, k = packed.shape[-2], 2 * packed.shape[-1]
-    outputs, contracted = (k, n) if transpose else (n, k)
+    problem, operands = prepare(x, packed, scales, codebook, block_size, layer)
     sms = mg.multiprocessors()
-    m = x.shape[0]
-    tiles = config or choose_large(m, outputs, contracted, sms)
-    padded = max(pl.cdiv(m, 8) * 8, tiles.rows)  # a copy of x into shared memory spans whole tiles
-    x = jnp.pad(x, ((0, padded - m), (0, 0))) if padded > m else x
-    shape = jax.ShapeDtypeStruct((padded, k), x.dtype)
-    problem, operands = describe(shape, packed, scales, codebook, block_size, layer)
-    y = build(problem, tiles, transpose, sms)(operands._replace(x=x))
-    return y[:m] if padded > m else y
+    sides = problem.n, problem.k
+    outputs, contracted = reversed(sides) if transpose else sides
+    tiles = config or choose_large(problem.m, outputs, contracted, sms)
+    return build(problem, tiles, transpose, sms)(operands)
+
+
+def prepare(x, packed, scales, codebook, block_size, layer) -> tuple[Problem, Operands]:
+    """The static part of a call and its arrays, in either direction."""
+    rows = jax.ShapeDtypeStruct((x.shape[0], 2 * packed.shape[-1]), x.dtype)  # as if along K
+    problem, operands = describe(rows, packed, scales, codebook, block_size, layer)
+    return problem, operands._replace(x=x)
 
 
 def unsupported(
     x, packed, scales, codebook, *, block_size, transpose=False, layer=None
 ) -> str | None:
     """Why these arguments cannot run, or None."""
-    n, k = packed.shape[-2], 2 * packed.shape[-1]
-    name, contracted, other = ("N", n, k) if transpose else ("K", k, n)
+    n = packed.shape[-2]
+    if not x.shape[0]:
+        return "x has no rows"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x is {x.dtype}; the kernel multiplies bfloat16 and float16"
-    if block_size < CHUNK or block_size & (block_size - 1):
-        return f"block_size is {block_size}; the kernel needs a power of two from {CHUNK}"
-    if contracted % STEP or contracted < MIN_STEPS * STEP:
-        least = MIN_STEPS * STEP
-        return f"{name} is {contracted}; the kernel needs a multiple of {STEP}, {least} at least"
-    if other % 64:
-        return f"{'K' if transpose else 'N'} is {other}; the kernel needs a multiple of 64"
+    if block_size < 32 or block_size & (block_size - 1):
+        return f"block_size is {block_size}; the kernel needs a power of two from 32"
+    if n % 8:
+        return f"N is {n}; the kernel needs a multiple of 8"
     return None
 
 
@@ -75,8 +79,7 @@ def slower(x, packed, scales, codebook, *, block_size, transpose=False, layer=No
     m, n, k = x.shape[0], packed.shape[-2], 2 * packed.shape[-1]
     outputs, contracted = (k, n) if transpose else (n, k)
     sms = mg.multiprocessors()
-    tiles = choose_large(m, outputs, contracted, sms)
-    here = large_time(tiles, m, outputs, contracted, sms, transpose)
+    here = large_time(choose_large(m, outputs, contracted, sms), m, outputs, contracted, sms)
     there = decoded_time(m, n, k)
     if here <= there:
         return None
@@ -84,349 +87,360 @@ def slower(x, packed, scales, codebook, *, block_size, transpose=False, layer=No
 
 
 class Layout:
-    """Sizes that follow from the problem and the tiles."""
+    """Sizes that follow from the problem and the tiles; the work and its division."""
 
-    def __init__(self, problem: Problem, tiles: LargeTiles, transpose: bool):
-        self.problem, self.tiles, self.transpose = problem, tiles, transpose
-        self.outputs, self.contracted = problem.n, problem.k
-        if transpose:
-            self.outputs, self.contracted = self.contracted, self.outputs
-        # The packed tile: weight rows by weight columns.
-        self.rows, self.columns = (STEP, tiles.outputs) if transpose else (tiles.outputs, STEP)
-        self.parts = mg.WARPGROUP // self.rows  # threads that share a weight row
-        self.chunks = self.columns // CHUNK // self.parts  # 16-byte loads of a thread
-        self.span = CHUNK * self.chunks  # columns of a thread
-        self.scales = max(1, self.span // problem.block_size)  # of a thread
-        self.steps = self.contracted // STEP
-        self.output_tiles = pl.cdiv(self.outputs, tiles.outputs)
-        self.tiles_total = self.output_tiles * pl.cdiv(problem.m, tiles.rows)
-        packed_row = self.columns // 2
-        self.packed_transforms = (
-            plgpu.TilingTransform((8, packed_row)),
-            plgpu.SwizzleTransform(packed_row),
+    def __init__(self, problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
+        self.problem, self.tiles = problem, tiles
+        self.left = (Columns if transpose else Rows)(problem)
+        self.row_tiles = pl.cdiv(problem.m, tiles.rows)
+        self.row_group = max(d for d in range(1, ROW_GROUP + 1) if self.row_tiles % d == 0)
+        self.output_tiles = pl.cdiv(self.left.outputs, CLUSTER * OUTPUTS)  # of a cluster
+        self.units = pl.cdiv(self.left.contracted, 2 * STEP)  # of a tile: two steps each
+        tiles_total = self.output_tiles * self.row_tiles
+        # Shares are counted in grains: units, or whole tiles.
+        self.grain = 1 if tiles.split else self.units
+        self.grains = tiles_total * (self.units // self.grain)
+        self.clusters = min(sms // CLUSTER, self.grains, tiles_total * max(tiles.split, 1))
+        self.splits = any(self.begin(c) % self.units for c in range(self.clusters))
+
+    def begin(self, cluster):
+        """The first unit of a cluster's share (of the end, for the number of clusters)."""
+        return cluster * self.grains // self.clusters * self.grain
+
+    def cluster_of(self, unit):
+        """The cluster whose share has a unit."""
+        return ((unit // self.grain + 1) * self.clusters - 1) // self.grains
+
+    def tile(self, tile):
+        """The tile's place among a cluster's outputs and among rows of x."""
+        span = self.row_group * self.output_tiles
+        group, within = tile // span, tile % span
+        return within // self.row_group, group * self.row_group + within % self.row_group
+
+    def scratch(self, _=None) -> dict:
+        """Shared memory of a block, by name."""
+        slots, dtype = self.tiles.slots, jnp.dtype(self.problem.dtype)
+        return {
+            "x": plgpu.SMEM((slots, self.tiles.rows, STEP), dtype),
+            "packed": plgpu.SMEM((slots, *self.left.box), jnp.uint8),
+            "scales": plgpu.SMEM((slots * self.left.scale_words,), jnp.int32),
+            "staging": plgpu.SMEM((MULTIPLIERS * 64 * 64 // 2,), jnp.int32),
+            "table": plgpu.SMEM((TABLE,), jnp.float32),
+            "barriers": plgpu.SMEM((4 * slots,), jnp.int32),
+        }
+
+
+class _Block:
+    """One thread's view of the kernel."""
+
+    def __init__(self, context, layout: Layout, refs: Operands, out, sums, flags, scratch):
+        self.context, self.layout, self.refs = context, layout, refs
+        self.problem, self.tiles, self.left = layout.problem, layout.tiles, layout.left
+        self.thread = mg.thread_index()
+        self.rank = mg.cluster_rank()
+        # Later numbers are for earlier work: the head of a tile waits for the clusters of its tail.
+        self.cluster = mg.Int(layout.clusters - 1) - mg.block_index() // CLUSTER
+        self.first, self.end = layout.begin(self.cluster), layout.begin(self.cluster + 1)
+        self.out = mg.global_address(out)
+        if layout.splits:
+            self.sums, self.flags = mg.global_address(sums), mg.global_address(flags)
+        self.scratch = scratch
+        self.x, self.packed, self.scales, self.staging, self.table = (
+            mg.shared_address(scratch[name])
+            for name in ("x", "packed", "scales", "staging", "table")
         )
-        self.multipliers = tiles.outputs // 64
+        slots = self.tiles.slots
+        self.barriers = mg.Barriers(scratch["barriers"], 2 * slots)
 
+    # Slots: step p of a block's share; the first barriers are for full slots, the others for free.
 
-def _vector(dtype):
-    return plgpu.ShapeDtypeStruct((mg.WARPGROUP,), dtype, layout=VECTOR)
+    def wait_full(self, p: mg.Int) -> None:
+        slots = self.tiles.slots
+        self.barriers.wait(p % slots, p // slots & 1)
 
+    def wait_free(self, p: mg.Int) -> None:
+        slots = self.tiles.slots
+        self.barriers.wait(p % slots + slots, p // slots + 1 & 1)
 
-class Decoder:
-    """A decoding warpgroup: each thread has a weight row of the tile, and a part of its columns."""
+    def release(self, p: mg.Int) -> None:
+        """By a warp: leave a slot, in both blocks: each fills part of the other's."""
+        lane = self.thread & 31
+        with mg.when(lane < CLUSTER):
+            self.barriers.arrive_at(p % self.tiles.slots + self.tiles.slots, lane)
 
-    def __init__(self, layout: Layout):
-        self.layout, self.problem = layout, layout.problem
+    # Copying
 
-    def place(self) -> tuple[mg.Int, mg.Int]:
-        """This thread's row of the packed tile and its part of the columns."""
-        thread = mg.thread_index() % mg.WARPGROUP
-        return thread % self.layout.rows, thread // self.layout.rows
+    def place(self, p: mg.Int) -> tuple[mg.Int, mg.Int, mg.Int]:
+        """First output, first row of x and step of a block's step p."""
+        place = (self.first << 1) + p
+        steps = 2 * self.layout.units
+        return *self.origin(place // steps), place % steps
 
-    def code_planes(self, codebook_ref) -> tuple[jax.Array, ...]:
-        """The 16 codes in x's dtype: 4 words of high bytes, 4 of low bytes."""
-        dtype = self.problem.dtype
+    def origin(self, tile: mg.Int) -> tuple[mg.Int, mg.Int]:
+        """This block's first output and first row of x of a tile."""
+        output, row = self.layout.tile(tile)
+        return (output * CLUSTER + self.rank) * OUTPUTS, row * self.tiles.rows
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(_vector(jnp.int32),) * 8)
-        def build(_, ref):
-            base = mg.global_address(ref)
-            codes = mg.load_floats(base, 16)
-            pairs = [mg.pack_pair(*codes[i : i + 2], dtype) for i in range(0, 16, 2)]
-            planes = [
-                mg.permute(*pairs[i : i + 2], mg.Int(selector))
-                for selector in (0x7531, 0x6420)
-                for i in range(0, 8, 2)
-            ]
-            return tuple(mg.to_vector(plane, VECTOR) for plane in planes)
+    def copy(self) -> None:
+        thread, count = self.thread - MULTIPLYING, self.end - self.first << 1
+        layer = mg.Int(0)
+        if self.problem.stacked:
+            layer = mg.load_word(mg.global_address(self.refs.layer))
+        bases = [mg.global_address(ref) for ref in self.refs.scales]
+        offset = None
+        if self.problem.double:
+            offset = mg.load_float(bases[2] + (layer << 2).wide())
 
-        return build(codebook_ref)
+        def copy_tiles(p: mg.Int) -> None:
+            with mg.when(thread.equals(0)):
+                self.copy_tiles(p, layer)
 
-    def load_scales(self, refs, layer, row0, column0) -> tuple[jax.Array, ...]:
-        """What a thread's scales of a tile are made of: float32, or (code, float32) when double."""
-        double, count = self.problem.double, self.layout.scales
-        types = tuple(plgpu.RefType() for _ in refs)
-        result = ([_vector(jnp.int32)] if double else []) + [_vector(jnp.float32)]
+        def load(p: mg.Int) -> list:
+            output0, _, step = self.place(p.at_most(count - 1))
+            return self.left.load_scales(bases, layer, thread, output0, step)
 
-        @plgpu.inline_mgpu(
-            arg_types=(types, SCALAR, SCALAR, SCALAR), return_type=tuple(result * count)
-        )
-        def load(_, refs, layer, row0, column0):
-            problem = self.problem
-            layer, row0, column0 = map(mg.from_scalar, (layer, row0, column0))
-            row, part = self.place()
-            row = (row + row0).at_most(problem.n - 1)
-            column = (column0 + part * self.layout.span).at_most(problem.k - 1)
-            block = column // problem.block_size
-            bases = [mg.global_address(ref) for ref in refs]
-            out = []
-            for i in range(count):
-                here = (block + i).at_most(problem.blocks - 1) if i else block
-                flat = (layer.wide() * problem.n + row.wide()) * problem.blocks + here.wide()
-                if not problem.double:
-                    out.append(mg.load_float(bases[0] + (flat << 2)))
-                    continue
-                _, absmax, _, _, origin = bases
-                position = (row + mg.load_word(origin)) * problem.pitch
-                position = position + mg.load_word(origin + 4) + here
-                group = layer * problem.groups + position // SECOND_LEVEL_BLOCK
-                out.append(mg.load_byte(bases[0] + flat))
-                out.append(mg.load_float(absmax + (group << 2).wide()))
-            return tuple(mg.to_vector(value, VECTOR) for value in out)
+        def load_group(first: mg.Int) -> list:
+            return [value for i in range(COPY_GROUP) for value in load(first + i)]
 
-        return load(tuple(refs), layer, row0, column0)
+        def fill(p: mg.Int, raw: list) -> None:
+            slot = p % self.tiles.slots
+            with mg.when(mg.Int(self.tiles.slots - 1) < p):
+                self.wait_free(p)
+                copy_tiles(p)
+            output0, _, step = self.place(p)
+            target = self.scales + slot * (4 * self.left.scale_words)
+            values = self.left.decode_scales(raw, self.table, offset)
+            places = self.left.scales(thread, output0, step)
+            for (_, _, place), value in zip(places, values, strict=True):
+                self.left.store_scale(target + place, value)
+            mg.sync_warp()
+            with mg.when((thread & 31).equals(0)):
+                self.barriers.arrive(slot)
 
-    def decode(self, packed_ref, w_ref, table_ref, planes, scales) -> None:
-        """Write the decoded tile of a slot."""
-        layout, dtype = self.layout, self.problem.dtype
-        types = (
-            plgpu.RefType(layout.packed_transforms),
-            plgpu.RefType(SWIZZLED),
-            plgpu.RefType(),
-            (VECTOR,) * len(planes),
-            (VECTOR,) * len(scales),
-        )
+        def fill_group(i: mg.Int, raw: list) -> list:
+            # Loaded a group ahead: no step waits for device memory.
+            first = i * COPY_GROUP
+            upcoming, each = load_group(first + COPY_GROUP), len(raw) // COPY_GROUP
+            for j in range(COPY_GROUP):
+                with mg.when(first + j < count):
+                    fill(first + j, raw[j * each : (j + 1) * each])
+            return upcoming
 
-        @plgpu.inline_mgpu(arg_types=types)
-        def body(_, packed_ref, w_ref, table_ref, planes, scales):
-            planes = [mg.from_vector(plane) for plane in planes]
-            scales = [mg.from_vector(scale) for scale in scales]
-            if self.problem.double:
-                table = mg.shared_address(table_ref)
-                offset = mg.load_float(table + 4 * TABLE)
-                scales = [
-                    mg.mul_then_add(mg.load_float(table + (code << 2)), absmax, offset)
-                    for code, absmax in zip(scales[0::2], scales[1::2], strict=True)
-                ]
-            pairs = [mg.pack_pair(scale, scale, dtype) for scale in scales]
-            row, part = self.place()
-            source = mg.shared_address(packed_ref) + row * (layout.columns // 2)
-            target = mg.shared_address(w_ref) + (row >> 3) * (16 * layout.columns)
-            target = target + ((row & 7) << 7)
-            # The swizzles: 16-byte chunks of a row are permuted by bits of its row number.
-            per_row = layout.columns // CHUNK
-            packed_twist = (row >> (2 if per_row == 2 else 1)) & (per_row - 1)
-            for i in range(layout.chunks):
-                chunk = part * layout.chunks + i
-                words = mg.load_words(source + ((chunk ^ packed_twist) << 4))
-                scale = pairs[i * CHUNK * len(pairs) // layout.span]
-                panel = target + ((chunk >> 1) << 10)
-                for j, word in enumerate(words):
-                    values = mg.decode_permuted(word, planes)
-                    values = [mg.mul_pairs(value, scale, dtype) for value in values]
-                    place = ((chunk & 1) * 4 + j) ^ (row & 7)
-                    mg.store_words(panel + (place << 4), values)
+        mg.loop(count.at_most(self.tiles.slots), [], lambda p, _: copy_tiles(p) or [])
+        groups = (count + (COPY_GROUP - 1)) // COPY_GROUP
+        mg.loop(groups, load_group(mg.Int(0)), fill_group)
 
-        body(packed_ref, w_ref, table_ref, tuple(planes), tuple(scales))
+    def copy_tiles(self, p: mg.Int, layer: mg.Int) -> None:
+        """By one thread: start the copies of a step."""
+        output0, row0, step = self.place(p)
+        slot = p % self.tiles.slots
+        start, barrier = [row0, step * STEP], self.barriers.reference(slot)
+        target, shape = mg.element(self.scratch["x"], slot), (self.tiles.rows, STEP)
+        mg.copy_tensor(self.context, self.refs.x, target, start, shape, barrier, 128, shared=True)
+        start = [layer] if self.problem.stacked else []
+        start += self.left.origin(output0, step)
+        target, shape = mg.element(self.scratch["packed"], slot), self.left.box
+        swizzle = self.left.swizzle
+        mg.copy_tensor(self.context, self.refs.packed, target, start, shape, barrier, swizzle)
 
+    # Multiplying
 
-def _copy_table(scales, layer, table_s, problem: Problem) -> None:
-    """Copy the second-level table and the layer's offset behind it to shared memory."""
-    _, _, offset, table, _ = scales
+    def multiply(self) -> None:
+        units = self.layout.units
+        self.at = Lane(self.thread)
+        codebook = mg.global_address(self.refs.codebook)
+        self.planes = code_planes(codebook, self.problem.dtype)
+        first_tile = self.first // units
+        count = (self.end - 1) // units - first_tile + 1
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), SCALAR))
-    def body(_, offset, table, table_s, layer):
-        layer, thread = mg.from_scalar(layer), mg.thread_index() % mg.WARPGROUP
-        source, target = mg.global_address(table), mg.shared_address(table_s)
-        if problem.stacked_table:
+        def segment(i: mg.Int, a: list) -> list:
+            tile = first_tile + i
+            head, tail = tile * units, (tile + 1) * units
+            begins, ends = self.first < head + 1, tail < self.end + 1
+            start = mg.select(begins, head, self.first)
+            stop = tail.at_most(self.end)
+            acc, a = self.product(start - self.first << 1, stop - start, a)
+            if not self.layout.splits:
+                self.write(acc, tile)
+                return a
+            last = self.layout.cluster_of(tail - 1)
+            others = mg.select(begins, mg.select(ends, mg.Int(0), last - self.cluster), 0)
+            acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, self.cluster + 1 + j))
+            mg.branch(begins, lambda: self.write(acc, tile), lambda: self.write_sum(acc))
+            return a
+
+        with mg.when(self.at.warpgroup.equals(1)):
+            self.sync_start()
+        mg.loop(count, [word.value for word in self.operand(mg.Int(0))], segment)
+
+    def sync_start(self) -> None:
+        """Let the first warpgroup lead by two steps: one stores a tile while the other works."""
+        mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
+
+    def operand(self, p: mg.Int) -> list[mg.Int]:
+        """Wait for a step, and decode it."""
+        self.wait_full(p)
+        slot, left = p % self.tiles.slots, self.left
+        packed = self.packed + slot * (left.box[0] * left.box[1])
+        scales = self.scales + slot * (4 * left.scale_words)
+        return left.words(self.at, packed, scales, self.planes)
+
+    def start(self, p: mg.Int, a: list[mg.Int], acc: list) -> list:
+        """Start the product with a step of x."""
+        x = self.x + p % self.tiles.slots * (self.tiles.rows * 2 * STEP)
+        return mg.wgmma_start(acc, a, mg.swizzled_descriptor(x), 32 >> 4, self.problem.dtype)
+
+    def product(self, p0: mg.Int, units: mg.Int, a: list) -> tuple[list, list]:
+        """The sum of some units, from step p0, whose operand is `a`; the next step's operand."""
+        size = self.tiles.rows // 2
+        last = (self.end - self.first << 1) - 1
+
+        def unit(i: mg.Int, carry: list) -> list:
+            acc, a = carry[:size], [mg.Int(word) for word in carry[size:]]
+            p = p0 + (i << 1)
+            acc = self.start(p, a, acc)
+            b = self.operand(p + 1)
+            acc = self.start(p + 1, b, acc)
+            mg.wgmma_wait(1, a)
+            self.release(p)
+            a = self.operand((p + 2).at_most(last))  # the last is decoded again, to no effect
+            acc = mg.wgmma_finish(acc, b)
+            self.release(p + 1)
+            with mg.when(mg.both(p.equals(0), self.at.warpgroup.equals(0))):
+                self.sync_start()
+            return acc + [word.value for word in a]
+
+        carry = mg.loop(units, [mg.zero()] * size + a, unit)
+        return carry[:size], carry[size:]
+
+    # Results
+
+    def write(self, acc: list, tile: mg.Int) -> None:
+        """Store a tile, 64 rows of x at a time, through shared memory."""
+        output0, row0 = self.origin(tile)
+        at, outputs = self.at, self.left.outputs
+        thread = self.thread & (mg.WARPGROUP - 1)
+        staging, chunk = self.staging + (at.warpgroup << 13), thread & 7
+        column = output0 + (at.warpgroup << 6) + (chunk << 3)
+        for first in range(0, self.tiles.rows, 64):
+            self.sync_warpgroup()
+            self.left.stage(at, acc, staging, first)
+            self.sync_warpgroup()
+            for start in range(0, 64, 16):
+                line = (thread >> 3) + start
+                words = mg.load_words(staging + (line << 7) + ((chunk ^ (line & 7)) << 4))
+                line = row0 + first + line
+                with mg.when(mg.both(line < self.problem.m, column < outputs)):
+                    place = line.wide() * outputs + column.wide()
+                    mg.store_words(self.out + (place << 1), words)
+
+    def sums_of(self, cluster: mg.Int) -> tuple[list[mg.Int], mg.Int]:
+        """Where this thread's part of a cluster's sum is, 4 floats at a time, and its flag."""
+        count = self.tiles.rows // 8
+        block = cluster * CLUSTER + self.rank
+        start = self.sums + (block * (count * MULTIPLYING) + self.thread).wide() * 16
+        flag = self.flags + (block * MULTIPLIERS + self.at.warpgroup << 2).wide()
+        return [start + 16 * MULTIPLYING * i for i in range(count)], flag
+
+    def write_sum(self, acc: list) -> None:
+        """Leave the sum of a tile's tail to the cluster that has its head."""
+        places, flag = self.sums_of(self.cluster)
+        for i, place in enumerate(places):
+            mg.store_floats(place, acc[4 * i : 4 * i + 4])
+        self.sync_warpgroup()
+        with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
+            mg.signal(flag)
+
+    def add_sum(self, acc: list, cluster: mg.Int) -> list:
+        """Add what another cluster has left."""
+        places, flag = self.sums_of(cluster)
+        with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
+            mg.await_signal(flag)
+        self.sync_warpgroup()
+        others = [value for place in places for value in mg.load_floats(place, 4)]
+        return [mg.add(a, b) for a, b in zip(acc, others, strict=True)]
+
+    def sync_warpgroup(self) -> None:
+        mg.sync_threads(self.at.warpgroup + 1, mg.WARPGROUP)
+
+    # Roles
+
+    def setup(self) -> None:
+        slots = self.tiles.slots
+        with mg.when(self.thread.equals(0)):
+            # The copier's warps arrive and each copy; the multipliers' warps of both blocks.
+            self.barriers.initialize(4 + 2, [CLUSTER * MULTIPLYING // mg.WARP] * slots)
+        if self.problem.double:
+            self.copy_table()
+        mg.sync_block()
+        mg.sync_cluster()
+
+    def copy_table(self) -> None:
+        source = mg.global_address(self.refs.scales[3])
+        if self.problem.stacked_table:
+            layer = mg.load_word(mg.global_address(self.refs.layer))
             source = source + layer.wide() * (4 * TABLE)
-        for first in range(0, TABLE, mg.WARPGROUP):
-            place = (thread + first) << 2
-            mg.store(target + place, mg.load_float(source + place.wide()))
-        offset = mg.load_float(mg.global_address(offset) + (layer << 2).wide())
-        mg.store(target + 4 * TABLE, offset)
+        with mg.when(self.thread < TABLE):
+            place = self.thread << 2
+            mg.store(self.table + place, mg.load_float(source + place.wide()))
 
-    body(offset, table, table_s, layer)
-    plgpu.commit_smem()
+    def roles(self) -> list[tuple]:
+        """Which threads, their registers and what they do; side by side."""
+        multiplies = self.thread < MULTIPLYING
+        copies = mg.Int(MULTIPLYING - 1) < self.thread
+        return [
+            (multiplies, MULTIPLIER_REGISTERS, self.multiply),
+            (copies, COPIER_REGISTERS, self.copy),
+        ]
 
+    def run(self) -> None:
+        self.setup()
 
-def _store_transposed(acc, staging, first: int, problem: Problem) -> None:
-    """Write 64 columns of an accumulator [64, rows], from `first`, as [64 rows of x, 64]."""
+        def start(registers: int, body) -> None:
+            mg.set_registers(registers, LAUNCH_REGISTERS)
+            body()
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(SWIZZLED)))
-    def body(_, acc, ref):
-        thread = mg.thread_index() % mg.WARPGROUP
-        warp, lane = mg.warp_and_lane(thread)
-        matrix, line = lane >> 3, lane & 7
-        chunk = ((warp << 1) + (matrix & 1)) ^ line
-        base = mg.shared_address(ref) + ((matrix >> 1) << 10) + (line << 7) + (chunk << 4)
-        registers = acc.registers.reshape(-1, 2)
-        for group in range(first // 8, first // 8 + 8, 2):
-            words = [
-                mg.pack_pair(*mg.split(registers[group + i, half]), problem.dtype)
-                for i in range(2)
-                for half in range(2)
-            ]
-            mg.store_matrices_transposed(base + (group - first // 8) * 1024, words)
-
-    body(acc, staging)
+        (multiplies, *multiply), (_, *copy) = self.roles()
+        mg.branch(multiplies, lambda: start(*multiply), lambda: start(*copy))
+        mg.sync_cluster()  # the other block may still reach into this one
 
 
 @functools.cache
 def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
-    """The kernel of a problem: a function of its `Operands` giving y [M, outputs]; M in eights."""
-    layout = Layout(problem, tiles, transpose)
-    decoder = Decoder(layout)
-    slots, steps = tiles.slots, layout.steps
-    blocks = min(sms, layout.tiles_total)
+    """The kernel of a problem: a function of its `Operands` giving y [M, outputs]."""
+    layout = Layout(problem, tiles, transpose, sms)
+    out_types = [jax.ShapeDtypeStruct((problem.m, layout.left.outputs), problem.dtype)]
+    if layout.splits:
+        sums = (layout.clusters, CLUSTER, tiles.rows // 2, MULTIPLYING)
+        out_types.append(jax.ShapeDtypeStruct(sums, jnp.float32))
 
-    def qjax_matmul_large(x, packed, scales, codebook, layer, out, *scratch):
-        x_s, w_s, packed_s, staging, table_s, full, packed_full, free = scratch
-        group, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
-        count = jax.lax.div(layout.tiles_total - 1 - block, blocks) + 1
-        layer_index = layer[0]
+    def qjax_matmul_large(x, packed, scales, codebook, layer, out, *rest):
+        *sums, scratch = rest
+        refs = Operands(x, packed, scales, codebook, layer)
+        flags = []
+        if layout.splits:  # zero at the start of each call
+            count = layout.clusters * CLUSTER * MULTIPLIERS
+            flags = [pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))]
+        arguments = (refs, out, tuple(sums), tuple(flags), scratch)
+        types = jax.tree.map(lambda _: plgpu.RefType(), arguments)
 
-        def tile_origin(i):
-            """The first output and the first row of x of this block's i-th tile."""
-            tile = block + i * blocks
-            output = jax.lax.rem(tile, layout.output_tiles) * tiles.outputs
-            return output, jax.lax.div(tile, layout.output_tiles) * tiles.rows
+        @plgpu.inline_mgpu(arg_types=types)
+        def body(context, refs, out, sums, flags, scratch):
+            shared = [*sums, *flags] or [None, None]
+            _Block(context, layout, refs, out, *shared, scratch).run()
 
-        def weight_origin(i, step):
-            """The first row and column of the packed tile of a step."""
-            output, _ = tile_origin(i)
-            return (step * STEP, output) if transpose else (output, step * STEP)
+        body(*arguments)
 
-        def decode_role(first):
-            if problem.double:
-                _copy_table(scales, layer_index, table_s, problem)
-            planes = decoder.code_planes(codebook)
-            stride = tiles.decoders
-
-            def after(place, distance):
-                """The tile and step `distance` steps on; at most `steps` of them."""
-                i, step = place
-                step = step + distance
-                wrap = step >= steps
-                return i + wrap.astype(jnp.int32), jnp.where(wrap, step - steps, step)
-
-            def copy_packed(place, slot):
-                row, column = weight_origin(*place)
-                source = packed.at[layer_index] if problem.stacked else packed
-                source = source.at[
-                    pl.ds(row, layout.rows),
-                    pl.ds(jax.lax.div(column, 2), layout.columns // 2),
-                ]
-                plgpu.copy_gmem_to_smem(source, packed_s.at[slot], packed_full.at[slot])
-
-            def load_scales(place):
-                i, step = place
-                return decoder.load_scales(
-                    scales, layer_index, *weight_origin(jnp.minimum(i, count - 1), step)
-                )
-
-            def fill(j, place, scales_here):
-                """The j-th step of this warpgroup."""
-                slot = jax.lax.rem(first + j * stride, slots)
-
-                @pl.when(first + j * stride >= slots)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-
-                i, step = place
-                _, row0 = tile_origin(i)
-                plgpu.copy_gmem_to_smem(
-                    x.at[pl.ds(row0, tiles.rows), pl.ds(step * STEP, STEP)],
-                    x_s.at[slot],
-                    full.at[slot],
-                )
-                plgpu.barrier_wait(packed_full.at[slot])
-                decoder.decode(packed_s.at[slot], w_s.at[slot], table_s, planes, scales_here)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(full.at[slot])
-                upcoming = after(place, slots)
-                pl.when(upcoming[0] < count)(lambda: copy_packed(upcoming, slot))
-
-            def fill_group(group, carry):
-                # Unrolled, so that loaded scales stay where they are: moving one would wait for it.
-                place, queue = carry
-                refilled = []
-                for u in range(AHEAD):
-                    j = group * AHEAD + u
-                    pl.when(j < mine)(functools.partial(fill, j, place, queue[u]))
-                    refilled.append(load_scales(after(place, AHEAD * stride)))
-                    place = after(place, stride)
-                return place, tuple(refilled)
-
-            start = jnp.int32(0), first
-            for j in range(slots // stride):
-                copy_packed(after(start, j * stride), first + j * stride)
-            queue = tuple(load_scales(after(start, j * stride)) for j in range(AHEAD))
-            mine = jax.lax.div(count * steps - first + stride - 1, stride)
-            jax.lax.fori_loop(0, pl.cdiv(mine, AHEAD), fill_group, (start, queue))
-
-        def multiply_role(which):
-            def tile_body(i, _):
-                def scope(acc):
-                    def step_body(step, _):
-                        slot = jax.lax.rem(i * steps + step, slots)
-                        plgpu.barrier_wait(full.at[slot])
-                        if transpose:
-                            w = w_s.at[slot, :, pl.ds(which * 64, 64)].transpose((1, 0))
-                        else:
-                            w = w_s.at[slot, pl.ds(which * 64, 64)]
-                        plgpu.wgmma(acc, w, x_s.at[slot].transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-
-                        @pl.when(step > 0)
-                        def _():
-                            plgpu.barrier_arrive(
-                                free.at[jax.lax.rem(i * steps + step + slots - 1, slots)]
-                            )
-
-                    jax.lax.fori_loop(0, steps, step_body, None)
-                    result = acc[...]
-                    plgpu.barrier_arrive(free.at[jax.lax.rem((i + 1) * steps - 1, slots)])
-                    return result
-
-                acc = pl.run_scoped(scope, plgpu.ACC((64, tiles.rows), jnp.float32))
-                output, row0 = tile_origin(i)
-                for first in range(0, tiles.rows, 64):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    _store_transposed(acc, staging.at[which], first, problem)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        staging.at[which],
-                        out.at[pl.ds(row0 + first, 64), pl.ds(output + which * 64, 64)],
-                    )
-
-            jax.lax.fori_loop(0, count, tile_body, None)
-            plgpu.wait_smem_to_gmem(0)
-
-        def multiply_branch():
-            if tiles.registers:
-                plgpu.set_max_registers(tiles.registers[0], action="increase")
-            multiply_role(group)
-
-        def decode_branch():
-            if tiles.registers:
-                plgpu.set_max_registers(tiles.registers[1], action="decrease")
-            decode_role(group - layout.multipliers)
-
-        # One two-way branch: ptxas ignores the register counts otherwise.
-        jax.lax.cond(group < layout.multipliers, multiply_branch, decode_branch)
-
-    dtype = jnp.dtype(problem.dtype)
     kernel = plgpu.kernel(
         qjax_matmul_large,
-        out_type=jax.ShapeDtypeStruct((problem.m, layout.outputs), dtype),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=layout.multipliers + tiles.decoders,
+        out_type=out_types,
+        grid=(layout.clusters,),
+        grid_names=("cluster",),
+        cluster=(CLUSTER,),
+        cluster_names=("block",),
+        num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((slots, tiles.rows, STEP), dtype, transforms=SWIZZLED),
-            plgpu.SMEM((slots, layout.rows, layout.columns), dtype, transforms=SWIZZLED),
-            plgpu.SMEM(
-                (slots, layout.rows, layout.columns // 2),
-                jnp.uint8,
-                transforms=layout.packed_transforms,
-            ),
-            plgpu.SMEM((layout.multipliers, 64, 64), dtype, transforms=SWIZZLED),
-            plgpu.SMEM((TABLE + 1 if problem.double else 1,), jnp.float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            plgpu.Barrier(num_barriers=slots),
-            plgpu.Barrier(num_arrivals=layout.multipliers, num_barriers=slots),
-        ],
+        scratch_types=[layout.scratch()],
         compiler_params=mg.COMPILER_PARAMS,
     )
-    return lambda operands: kernel(*operands)
+    return lambda operands: kernel(*operands)[0]

@@ -132,9 +132,10 @@ def _slice(rows: jax.Array, moment: jax.Array, *, q: QTensor, method: str, dampi
     else:
         importance = jnp.diagonal(moment) if method in _WITH_DATA else None
         scales = squared_error(rows, table, block_size, importance)
-    stored = quantize_scales(scales) if q.double_quant else scales
-    # The codes are chosen for the scales as they will be read.
-    scales = decode_scales(kernel_form(stored)) if q.double_quant else scales
+    stored: Any = scales
+    if q.double_quant:  # codes are chosen for the scales as they will be read
+        stored = quantize_scales(scales)
+        scales = decode_scales(kernel_form(stored))
     if method == "gptq":
         codes = gptq_codes(rows, scales, moment, table, damping)
     else:

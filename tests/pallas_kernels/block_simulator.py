@@ -4,10 +4,12 @@ It replaces the primitives of `pallas_kernels.mosaic` by numpy: a register is an
 element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes; a wait
 for a phase that is not complete is an error, as are accesses out of bounds. Shared memory and the
 output start as NaN. It shows wrong addresses, layouts and counts; it does not show races.
+Where a kernel's threads have roles, each role runs by itself, and its waits last until others act.
 """
 
 import contextlib
 import math
+import threading
 
 import numpy as np
 
@@ -95,6 +97,16 @@ class Machine:
 
     def __init__(self, threads):
         self.threads, self.block, self.globals = threads, 0, []
+        self.local, self.changed, self.patience = threading.local(), threading.Condition(), 0
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Which threads act, in the role at hand."""
+        return self.local.mask
+
+    @mask.setter
+    def mask(self, mask):
+        self.local.mask = mask
 
     def allocate_global(self, array) -> Reference:
         """Each array has 4 GB of addresses to itself, and ends with a granule of 16 bytes."""
@@ -112,6 +124,30 @@ class Machine:
             references[name] = Reference(place, ref.shape, np.dtype(ref.dtype).itemsize)
             place += -(-references[name].size // 1024) * 1024
         return references
+
+    def run_roles(self, block) -> None:
+        """Each in a thread of its own; an error in one ends the wait of the others."""
+        errors = []
+
+        def run(mask, body):
+            self.mask = mask
+            try:
+                body()
+            except BaseException as error:
+                errors.append(error)
+                self.patience = 0
+                with self.changed:
+                    self.changed.notify_all()
+
+        self.patience = 60
+        roles = [(mask, body) for mask, _, body in block.roles()]
+        threads = [threading.Thread(target=run, args=role) for role in roles]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
 
     def memory(self, address) -> tuple[np.ndarray, int]:
         address = int(address)
@@ -142,7 +178,10 @@ class Machine:
 
     def store(self, address, value) -> None:
         data = np.ascontiguousarray(value.value if isinstance(value, Register) else value)
-        data = data.reshape(-1, 1).view(np.uint8)
+        self.store_bytes(address, data.reshape(-1, 1).view(np.uint8))
+
+    def store_bytes(self, address, data) -> None:
+        """`data` [threads, bytes] of the active threads, aligned to their number."""
         for thread in self.active():
             memory, offset = self.memory(address.value[thread])
             assert offset % data.shape[1] == 0 and offset + data.shape[1] <= len(memory)
@@ -162,6 +201,16 @@ class Phase:
         assert self.pending >= 0
         if self.pending == 0 and self.bytes == 0:
             self.completed, self.pending = self.completed + 1, self.arrivals
+
+    def wait(self, parity) -> bool:
+        """Whether the phase of this parity completes while other roles may still act."""
+
+        def done():
+            return self.completed % 2 != parity
+
+        with machine.changed:
+            machine.changed.wait_for(lambda: done() or not machine.patience, machine.patience)
+        return done()
 
 
 class Barriers:
@@ -185,12 +234,16 @@ class Barriers:
         address = self.address(slot)
         for thread in machine.active():
             size = int(sizes.value[thread]) if isinstance(sizes, Register) else sizes
-            machine.barriers[int(address.value[thread])].change(arrivals, size)
+            change(int(address.value[thread]), arrivals, size)
 
     def expect(self, slot, size):
         self._change(slot, 1, size)
 
     def arrive(self, slot):
+        self._change(slot, 1, 0)
+
+    def arrive_at(self, slot, rank):
+        """The blocks of a cluster do the same: what one sends, it gets from the other."""
         self._change(slot, 1, 0)
 
     def reference(self, slot):
@@ -199,8 +252,14 @@ class Barriers:
     def wait(self, slot, parity):
         address = self.address(slot)
         for thread in machine.active():
-            phase = machine.barriers[int(address.value[thread])]
-            assert phase.completed % 2 != parity.value[thread], "waits for ever"
+            phase, odd = machine.barriers[int(address.value[thread])], parity.value[thread]
+            assert phase.wait(odd), "waits for ever"
+
+
+def change(address, arrivals, size):
+    with machine.changed:
+        machine.barriers[address].change(arrivals, size)
+        machine.changed.notify_all()
 
 
 def copy_bulk(target, source, size, barrier):
@@ -209,28 +268,32 @@ def copy_bulk(target, source, size, barrier):
         place, count = int(target.value[thread]), int(size.value[thread])
         assert start % 16 == place % 16 == count % 16 == 0 and start + count <= len(memory)
         machine.shared[place : place + count] = memory[start : start + count]
-        machine.barriers[int(barrier.value[thread])].change(0, -count)
+        change(int(barrier.value[thread]), 0, -count)
 
 
-def copy_tensor(_, source, target, place, shape, barrier, swizzle):
-    assert swizzle == 128 == shape[1]
+def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False):
     (reference, index), (barriers, slot) = target, barrier
-    array = machine.memory(source.address)[0][: source.size].reshape(source.shape)
+    width = shape[1] * source.itemsize  # of a row of the box, in bytes
+    assert swizzle == width in (32, 64, 128)
+    array = machine.memory(source.address)[0][: source.size]
+    array = array.reshape(*source.shape[:-1], source.shape[-1] * source.itemsize)
+    assert array.shape[-1] % 16 == 0
     for thread in machine.active():
         *lead, row, column = (int(p.value[thread]) for p in place)
-        plane = array[tuple(lead)]
-        box = np.zeros(shape, np.uint8)
-        part = plane[row : row + shape[0], column : column + shape[1]]
+        plane, column = array[tuple(lead)], column * source.itemsize
+        box = np.zeros((shape[0], width), np.uint8)
+        part = plane[row : row + shape[0], column : column + width]
         box[: part.shape[0], : part.shape[1]] = part
-        size = math.prod(shape)
-        start = reference.address + int(index.value[thread]) * size
-        assert start % 1024 == 0 and size == math.prod(reference.shape[1:])
-        rows, chunks = np.arange(shape[0])[:, None], np.arange(8)[None]
-        swizzled = np.empty((shape[0], 8, 16), np.uint8)
-        swizzled[rows, chunks ^ (rows & 7)] = box.reshape(shape[0], 8, 16)
-        machine.shared[start : start + size] = swizzled.reshape(-1)
-        address = int(barriers.address(slot).value[thread])
-        machine.barriers[address].change(1, 0)
+        start = reference.address + int(index.value[thread]) * box.size
+        assert start % 1024 == 0
+        assert box.size == math.prod(reference.shape[1:]) * reference.itemsize
+        # The hardware's rule: bits 4.. of an address are flipped by its bits 7...
+        chunks = np.arange(box.size // 16)
+        places = chunks ^ (chunks >> 3 & (width // 16 - 1))
+        swizzled = np.empty((len(chunks), 16), np.uint8)
+        swizzled[places] = box.reshape(-1, 16)
+        machine.shared[start : start + box.size] = swizzled.reshape(-1)
+        change(int(barriers.address(slot).value[thread]), 1, 0)
 
 
 def count_arrival(counter):
@@ -248,6 +311,13 @@ def when(condition):
     machine.mask = outer & condition
     yield
     machine.mask = outer
+
+
+def branch(condition, yes, no):
+    with when(condition):
+        yes()
+    with when(~condition):
+        no()
 
 
 def loop(stop, carry, body):
@@ -314,12 +384,57 @@ def wgmma_start(acc, a, b, b_step, dtype):
 
 
 def right_operand(descriptor, columns, dtype):
-    """[16, columns] in blocks of 8 columns of 16 bytes along k, without swizzle."""
+    """[16, columns]: blocks of 8 columns of 16 bytes along k, or columns of 128 bytes, swizzled."""
     start, along_k, along_n = (((descriptor >> s) & 0x3FFF) << 4 for s in (0, 16, 32))
     k, n = np.arange(16)[:, None], np.arange(columns)[None]
-    place = start + k // 8 * along_k + n // 8 * along_n + n % 8 * 16 + k % 8 * 2
+    place = start + n // 8 * along_n
+    if descriptor >> 62 == 1:
+        place = place + n % 8 * 128 + k * 2
+        place = place ^ (place >> 7 & 7) << 4
+    else:
+        assert descriptor >> 62 == 0
+        place = place + k // 8 * along_k + n % 8 * 16 + k % 8 * 2
     data = machine.shared[place[..., None] + np.arange(2)]
     return data.view(np.dtype(dtype))[..., 0].astype(np.float32)
+
+
+def load_matrices_transposed(row):
+    address = np.where(machine.mask, row.value, 1024).reshape(-1, 4, 8)
+    assert (address % 16 == 0).all()
+    data = machine.shared[address[..., None] + np.arange(16)].view(np.uint16)  # [.., row, column]
+    words = []
+    for i in range(4):
+        low, high = (data[:, i, 2 * QUAD + e, GROUP].astype(np.uint32) for e in range(2))
+        words.append(Register((low | high << 16).reshape(-1)))
+    return words
+
+
+def store_matrices_transposed(row, words):
+    address = row.value.reshape(-1, 4, 8)
+    for warp in np.flatnonzero(machine.mask[::WARP]):
+        for i, word in enumerate(words):
+            pairs = word.value.reshape(-1, WARP)[warp]
+            matrix = np.empty((8, 8), np.uint16)  # [row of the fragment, column]
+            matrix[GROUP, 2 * QUAD], matrix[GROUP, 2 * QUAD + 1] = pairs & 0xFFFF, pairs >> 16
+            for line in range(8):
+                start = int(address[warp, i, line])
+                assert start % 16 == 0
+                machine.shared[start : start + 16] = matrix[:, line].copy().view(np.uint8)
+
+
+def permute(a, b, selector):
+    both = (b.value.astype(np.uint64) << np.uint64(32)) | a.value
+    out = np.zeros(machine.threads, np.uint32)
+    for i in range(4):
+        nibble = selector.value >> np.uint32(4 * i) & np.uint32(15)
+        assert (nibble < 8).all()
+        byte = both >> (nibble.astype(np.uint64) * np.uint64(8)) & np.uint64(255)
+        out |= byte.astype(np.uint32) << np.uint32(8 * i)
+    return Register(out)
+
+
+def await_signal(address):
+    assert machine.load(address, 4)[machine.mask].any(), "waits for a block that starts later"
 
 
 def float_of(data):
@@ -331,11 +446,14 @@ PRIMITIVES = {
     "Barriers": Barriers,
     "thread_index": lambda: Register(np.arange(machine.threads, dtype=np.uint32)),
     "block_index": lambda: Register(machine.block),
+    "cluster_rank": lambda: Register(machine.block % 2),
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
     "both": lambda a, b: a & b,
     "when": when,
+    "branch": branch,
     "loop": loop,
     "sync_block": lambda: None,
+    "sync_cluster": lambda: None,
     "sync_warp": lambda: None,
     "shuffle": lookup_lane,
     "and_or": lambda a, b, c: (a & b) | c,
@@ -350,6 +468,19 @@ PRIMITIVES = {
     "mma": mma,
     "wgmma_start": wgmma_start,
     "wgmma_finish": lambda acc, a: acc,
+    "wgmma_wait": lambda pending, a: None,
+    "permute": permute,
+    "sync_threads": lambda barrier, count: None,
+    "signal": lambda address: machine.store(address, Register(1)),
+    "await_signal": await_signal,
+    "store_words": lambda address, words: machine.store_bytes(
+        address, np.stack([word.value for word in words], -1).view(np.uint8)
+    ),
+    "store_floats": lambda address, values: machine.store_bytes(
+        address, np.stack(values, -1).view(np.uint8)
+    ),
+    "load_matrices_transposed": load_matrices_transposed,
+    "store_matrices_transposed": store_matrices_transposed,
     "shared_address": lambda ref: Register(ref.address),
     "global_address": lambda ref: Register(np.full(machine.threads, ref.address, np.uint64)),
     "load_float": lambda address: float_of(machine.load(address, 4)),
@@ -389,6 +520,11 @@ def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_bl
     with np.errstate(over="ignore", invalid="ignore"):
         for block in range(blocks):
             scratch = machine.start_block(block, layout.scratch(tiles))
-            make_block(references, target, scratch).run()
-    data = machine.globals[-1][: out.nbytes]
+            body = make_block(references, target, scratch)
+            if hasattr(body, "roles"):
+                body.setup()
+                machine.run_roles(body)
+            else:
+                body.run()
+    data = machine.memory(target.address)[0][: out.nbytes]
     return data.view(out.dtype).reshape(out.shape)
