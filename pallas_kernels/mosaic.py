@@ -511,12 +511,6 @@ def element(ref: ir.Value, i: Int) -> ir.Value:
     return utils.memref_slice(ref, arith.index_castui(ir.IndexType.get(), i.value))
 
 
-def count_arrival(counter: Int) -> Int:
-    """Add one to a shared counter and give its earlier value, ordering what came before."""
-    text = "atom.acq_rel.cta.shared.add.u32 $0, [$1], 1;"
-    return Int(_asm(i32(), [counter], text, "=r,r,~{memory}", effects=True))
-
-
 # The pair table: byte value -> its two codes as a 16-bit pair
 
 

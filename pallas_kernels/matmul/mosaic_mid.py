@@ -4,7 +4,7 @@ A block holds 128 weight rows and one slice of K (a "slab"). Two warpgroups take
 more the same rows on the other half of each stage of 256 k. A warpgroup decodes 64 or 128 k into
 the registers of wgmma's left operand, multiplied by the scales in x's dtype. x is the right operand
 in shared memory. It is reordered first, so that the 8 consecutive k of a packed word fall where a
-lane's registers need them. The last warp to finish a stage starts its next copy.
+lane's registers need them. The warps take turns to start the next copies.
 """
 
 import functools
@@ -55,8 +55,7 @@ class Layout:
             "raw": plgpu.SMEM((self.scales.size // 4,), jnp.int32),
             "scales": plgpu.SMEM((ROWS * self.scale_pitch,), jnp.int32),
             "scale_table": plgpu.SMEM((TABLE_BYTES // 4,), jnp.float32),
-            "barriers": plgpu.SMEM((2 * (tiles.stages + 1),), jnp.int32),
-            "counters": plgpu.SMEM((tiles.stages,), jnp.int32),
+            "barriers": plgpu.SMEM((2 * (2 * tiles.stages + 1),), jnp.int32),
         }
 
 
@@ -81,12 +80,13 @@ class _Block:
         self.reader = ScaleReader(layout.scales, list(refs.scales), self.layer)
         self.packed_source, self.packed = refs.packed, scratch["packed"]
         self.x, self.codebook = mg.global_address(refs.x), mg.global_address(refs.codebook)
-        names = ("x", "table", "raw", "scales", "scale_table", "counters")
-        self.x_ring, self.table, self.raw, self.scales, self.scale_table, self.counters = (
+        names = ("x", "table", "raw", "scales", "scale_table")
+        self.x_ring, self.table, self.raw, self.scales, self.scale_table = (
             mg.shared_address(scratch[name]) for name in names
         )
         self.packed_ring = mg.shared_address(self.packed)
-        self.barriers = mg.Barriers(scratch["barriers"], tiles.stages + 1)
+        # Of each stage when it is full, of the scales, of each stage when it is empty.
+        self.barriers = mg.Barriers(scratch["barriers"], 2 * tiles.stages + 1)
         self.scale_barrier = mg.Int(tiles.stages)
 
     # Copies
@@ -115,35 +115,44 @@ class _Block:
         return (self.first_row + tile_row).at_most(self.problem.n - 1)
 
     def copy_scales(self, window: mg.Int) -> None:
-        """Start the copies of the scales of a window, a thread for each row."""
-        reader, barrier = self.window_reader(window), self.barriers.address(self.scale_barrier)
-        with mg.when(self.thread < ROWS):
-            source, size = reader.row_window(self.row(self.thread))
-            self.barriers.expect(self.scale_barrier, size)
-            target = self.raw + self.thread * self.layout.scales.pitch
-            mg.copy_bulk(target, source, size, barrier)
+        """Start the copies of the scales of a window: each warp its share of the rows."""
+        reader, share = self.window_reader(window), ROWS // WARPS
+        with mg.when(self.lane < share):
+            tile_row = self.warp * share + self.lane
+            source, size = reader.row_window(self.row(tile_row))
+            self.copy_bytes(tile_row * self.layout.scales.pitch, source, size)
         if self.problem.double:
             with mg.when(self.thread.equals(THREADS - 1)):
                 rows = self.row(mg.Int(0)), self.row(mg.Int(ROWS - 1))
-                source, size = reader.group_window(*rows)
-                self.barriers.expect(self.scale_barrier, size)
-                mg.copy_bulk(self.raw + ROWS * self.layout.scales.pitch, source, size, barrier)
+                self.copy_bytes(
+                    mg.Int(ROWS * self.layout.scales.pitch), *reader.group_window(*rows)
+                )
+
+    def copy_bytes(self, place: mg.Int, source: mg.Int, size: mg.Int) -> None:
+        self.barriers.expect(self.scale_barrier, size)
+        barrier = self.barriers.address(self.scale_barrier)
+        mg.copy_bulk(self.raw + place, source, size, barrier)
 
     def decode_scales(self, window: mg.Int) -> None:
         """Turn a window's scales into pairs of x's dtype: 8 rows and 4 columns a warp at a time."""
         reader = self.window_reader(window)
         tile_row = (self.warp << 3) + self.group
         row = self.row(tile_row)
-        for first in range(0, self.layout.span, 4):
-            column = (self.quad + first).at_most(self.layout.span - 1)
-            if self.problem.double:
-                place = column.at_most(reader.count - 1)
-                raw = reader.load_raw(self.raw, tile_row, row, self.row(mg.Int(0)), place)
-                scale = reader.decode(raw, self.scale_table)
-            else:
-                scale = reader.read(self.raw, tile_row, row, column, 1)[0]
+        columns = [
+            (self.quad + first).at_most(self.layout.span - 1)
+            for first in range(0, self.layout.span, 4)
+        ]
+        scales = [self.load_scale(reader, tile_row, row, column) for column in columns]
+        for column, scale in zip(columns, scales):
             target = self.scales + (tile_row * self.layout.scale_pitch + column << 2)
             mg.store(target, mg.pack_pair(scale, scale, self.problem.dtype))
+
+    def load_scale(self, reader: ScaleReader, tile_row, row, column):
+        if not self.problem.double:
+            return reader.read(self.raw, tile_row, row, column, 1)[0]
+        column = column.at_most(reader.count - 1)
+        raw = reader.load_raw(self.raw, tile_row, row, self.row(mg.Int(0)), column)
+        return reader.decode(raw, self.scale_table)
 
     # Products
 
@@ -207,16 +216,25 @@ class _Block:
         return acc + [word.value for word in a]
 
     def release(self, step: mg.Int) -> None:
-        """Leave a stage; the last warp to do so fills it again."""
-        slot = step % self.tiles.stages
+        """Leave a stage. A warp in turn refills one that all have left.
+
+        With 3 stages or more that is the stage before, so that nobody waits. With 2 it is this one:
+        the next must be on its way before anyone waits for it.
+        """
+        stages, lag = self.tiles.stages, min(1, self.tiles.stages - 2)
         mg.sync_warp()
         with mg.when(self.lane.equals(0)):
-            counter = self.counters + (slot << 2)
-            earlier = mg.count_arrival(counter)
-            with mg.when(earlier.equals(WARPS - 1)):
-                mg.store(counter, mg.Int(0))
-                with mg.when(step + self.tiles.stages < self.count):
-                    self.copy_stage(step + self.tiles.stages)
+            self.barriers.arrive(self.empty(step))
+            turn = self.warp.equals(step % WARPS)
+            refill = mg.both(mg.Int(lag) < step + 1, step + (stages - lag) < self.count)
+            with mg.when(mg.both(turn, refill)):
+                left = step - lag
+                self.barriers.wait(self.empty(left), left // stages & 1)
+                self.copy_stage(left + stages)
+
+    def empty(self, step: mg.Int) -> mg.Int:
+        """The barrier on which the warps leave a stage."""
+        return step % self.tiles.stages + (self.tiles.stages + 1)
 
     def run_window(self, window: mg.Int, windows: mg.Int, acc: list) -> list:
         self.barriers.wait(self.scale_barrier, window & 1)
@@ -270,15 +288,15 @@ class _Block:
         windows = (self.count + (self.layout.window - 1)) // self.layout.window
         code = mg.load_code(self.codebook)
         scale_table = self.reader.load_table() if self.problem.double else []
-        with mg.when(self.thread.equals(THREADS - mg.WARP)):  # not in a warp that copies scales
-            self.barriers.initialize(2, [ROWS + self.problem.double])
-            for i in range(self.tiles.stages):
-                mg.store(self.counters + 4 * i, mg.Int(0))
+        with mg.when(self.thread.equals(0)):
+            arrivals = [ROWS + self.problem.double] + [WARPS] * self.tiles.stages
+            self.barriers.initialize(2, arrivals)
+        mg.sync_block()
+        self.copy_scales(mg.Int(0))  # before the stages, which would keep them waiting
+        with mg.when(self.thread.equals(0)):
             for i in range(self.tiles.stages):
                 with mg.when(mg.Int(i) < self.count):
                     self.copy_stage(mg.Int(i))
-        mg.sync_block()
-        self.copy_scales(mg.Int(0))
         mg.build_pair_table(self.table, code, self.problem.dtype, WARPS)
         if self.problem.double:
             with mg.when(self.warp.equals(0)):

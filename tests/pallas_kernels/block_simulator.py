@@ -296,15 +296,6 @@ def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False)
         change(int(barriers.address(slot).value[thread]), 1, 0)
 
 
-def count_arrival(counter):
-    earlier = np.zeros(machine.threads, np.uint32)
-    for thread in machine.active():
-        word = machine.shared[int(counter.value[thread]) :][:4].view(np.uint32)
-        earlier[thread] = word[0]
-        word[0] += 1
-    return Register(earlier)
-
-
 @contextlib.contextmanager
 def when(condition):
     outer = machine.mask
@@ -499,7 +490,6 @@ PRIMITIVES = {
     "copy_bulk": copy_bulk,
     "copy_tensor": copy_tensor,
     "element": lambda ref, i: (ref, i),
-    "count_arrival": count_arrival,
 }
 
 machine: Machine
