@@ -78,6 +78,19 @@ def test_products(mesh, w, rng, case):
     np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("format", ["int4_asym", "nvfp4", "int8"])
+def test_other_formats_split_along_the_contraction(mesh, w, rng, format):
+    cfg = qjax.QuantConfig(format=format)
+    q, expected = qjax.quantize(put(w, mesh, "t"), cfg), qjax.quantize(jnp.asarray(w), cfg)
+    jax.tree.map(np.testing.assert_array_equal, q, expected)
+    assert spec_of(q.packed) == (None, "t")
+    x = rng.standard_normal((8, 512), np.float32)
+    y = jax.jit(qjax.matmul)(put(x, mesh, "d", "t"), q)
+    assert spec_of(y) == ("d", None)
+    product = np.float64(x) @ np.float64(expected.dequantize())
+    np.testing.assert_allclose(y, product, rtol=0, atol=1e-5 * np.abs(product).max())
+
+
 def test_outside_jit_and_without_a_mesh_in_the_context(mesh, w, rng):
     q = qjax.quantize(put(w, mesh, None, "t"))
     x = rng.standard_normal((8, 512), np.float32)
