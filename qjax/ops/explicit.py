@@ -58,6 +58,7 @@ def product(x: jax.Array, q: QTensor, transpose: bool, local: Callable) -> jax.A
     rows = rows[: len(rows) - len(q.out_axes if transpose else q.contract_axes)]
     batch, weight = _split(padded(q.sharding and q.sharding.spec, q.ndim), len(q.batch_shape))
     batch = tuple(a or b for a, b in zip(batch, x_batch))
+    weight = [without(entry, *batch) for entry in weight]
     kept = [weight[i] for i in (q.contract_axes if transpose else q.out_axes)]
     result = NamedSharding(mesh, _spec([*batch, *rows, *kept]))
     if q.kind.bits == 8:  # an ordinary product
