@@ -16,6 +16,7 @@ from qjax.hf.pretrained import from_pretrained as from_pretrained
 from qjax.hf.tokenizer import load_tokenizer as load_tokenizer
 from qjax.nn.linen import QuantDense as QuantDense
 from qjax.nn.lora import LoraConfig as LoraConfig
+from qjax.nn.registry import register as register
 from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take

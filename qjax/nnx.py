@@ -1,5 +1,7 @@
 """The NNX layers: `import qjax.nnx`."""
 
+from qjax.nn.nnx_conv import LoraConv as LoraConv
+from qjax.nn.nnx_conv import QuantConv as QuantConv
 from qjax.nn.nnx_einsum import LoraEinsum as LoraEinsum
 from qjax.nn.nnx_einsum import QuantEinsum as QuantEinsum
 from qjax.nn.nnx_embed import LoraEmbed as LoraEmbed

@@ -219,11 +219,12 @@ def _box_to_json(box: QuantBox, name: str) -> dict[str, Any]:
         "dropout": float(box.dropout),
         "names": None if box.names is None else list(box.names),
         "compute_dtype": None if box.compute_dtype is None else jnp.dtype(box.compute_dtype).name,
+        **({"stack_axes": list(box.stack_axes)} if box.stack_axes else {}),
     }
 
 
 def _box_from_json(obj: Any, where: str) -> QuantBox:
-    check_fields(obj, {"dropout", "names", "compute_dtype"}, where)
+    check_fields(obj, {"dropout", "names", "compute_dtype", "stack_axes"}, where)
     dropout = get(obj, "dropout", (int, float), where)
     if not 0 <= dropout < 1:
         raise ValueError(f"{where}.dropout must be in [0, 1), got {dropout}")
@@ -235,8 +236,11 @@ def _box_from_json(obj: Any, where: str) -> QuantBox:
     compute_dtype = get(obj, "compute_dtype", (str, type(None)), where)
     if compute_dtype is not None:
         compute_dtype = dtype_of(obj, where, "compute_dtype")
+    stack_axes = integers(obj, "stack_axes", where) if "stack_axes" in obj else ()
     absent: Any = None
-    return QuantBox(absent, dropout=dropout, names=names, compute_dtype=compute_dtype)
+    return QuantBox(
+        absent, dropout=dropout, names=names, compute_dtype=compute_dtype, stack_axes=stack_axes
+    )
 
 
 def _are_names(names: Any) -> bool:

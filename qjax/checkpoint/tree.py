@@ -15,6 +15,7 @@ from jax.tree_util import keystr
 
 from qjax.core.qtensor import QTensor
 from qjax.nn.linen_box import QuantBox
+from qjax.nn.nnx_foreign import adapters_of
 from qjax.nn.nnx_layer import LoraLayer
 from qjax.train import ADAPTER_NAMES
 
@@ -122,6 +123,9 @@ class _Leaves:
             if isinstance(layer, LoraLayer) and layer.lora_config is not None:
                 name = "/".join((*path, *map(str, inner)))
                 self.marks.scalings[name] = float(layer.lora_config.scaling)
+            for param, adapter in adapters_of(layer):
+                name = "/".join((*path, *map(str, inner), param))
+                self.marks.scalings[name] = float(adapter.config.scaling)
 
 
 def _is_module(node: Any) -> bool:

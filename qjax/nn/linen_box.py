@@ -24,13 +24,24 @@ from qjax.core.config import QuantConfig
 from qjax.core.placement import adapter_specs, like, place, weight_shardings, weight_specs
 from qjax.core.qtensor import QTensor
 from qjax.nn.lora import LoraConfig, init_adapter
+from qjax.nn.stack_axes import from_front, items_from_front, items_to_front, to_front
+from qjax.ops import trace
 from qjax.ops.lora import lora_weight
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("q", "lora_a", "lora_b"),
-    meta_fields=("scaling", "dropout", "names", "compute_dtype", "float_box"),
+    meta_fields=(
+        "scaling",
+        "dropout",
+        "names",
+        "compute_dtype",
+        "float_box",
+        "stack_axes",
+        "lead",
+        "path",
+    ),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantBox(meta.AxisMetadata):
@@ -45,9 +56,13 @@ class QuantBox(meta.AxisMetadata):
         lora_b: [*batch, rank, *out] float32, or None.
         scaling: factor of the adapter.
         dropout: probability of dropping an element of the adapter's input.
-        names: of the kernel's logical axes, as `nn.Partitioned` has them, or None.
+        names: of q's axes, as `nn.Partitioned` has those of the kernel, or None.
         compute_dtype: that layers without a `dtype` of their own multiply in; None: as Flax would.
         float_box: class and other fields of the box that the names are from.
+        stack_axes: where the float kernel has the axes of stacked layers, which q has in front, if
+            not in front: see `qjax/nn/stack_axes.py`.
+        lead: number of axes of size 1 in front of every array, while a scan goes over axis `lead`.
+        path: in the tree, while `qjax.report` traces a call; else None.
     """
 
     q: QTensor
@@ -58,6 +73,9 @@ class QuantBox(meta.AxisMetadata):
     names: tuple[Any, ...] | None = None
     compute_dtype: Any = None
     float_box: tuple[type[meta.Partitioned], tuple[tuple[str, Any], ...]] = (meta.Partitioned, ())
+    stack_axes: tuple[int, ...] = ()
+    lead: int = 0
+    path: str | None = None
 
     @property
     def adapter(self) -> tuple[jax.Array, jax.Array] | None:
@@ -73,6 +91,11 @@ class QuantBox(meta.AxisMetadata):
         Raises:
             ValueError: the adapter has dropout, which only `qjax.apply` can do.
         """
+        if self.lead:
+            return self.without_lead().unbox(apply_constraint)
+        if self.path is not None:
+            with trace.leaf(self.path):
+                trace.record("decode", "whole weight")
         w = self.boxed(self._decoded())
         return w.unbox(apply_constraint) if isinstance(w, meta.Partitioned) else w
 
@@ -81,11 +104,12 @@ class QuantBox(meta.AxisMetadata):
         if self.names is None:
             return w
         cls, fields = self.float_box
-        return cls(w, self.names, **dict(fields))
+        return cls(w, items_from_front(self.names, self.stack_axes), **dict(fields))
 
     def _decoded(self) -> jax.Array:
         if self.adapter is None:
-            return jax.lax.stop_gradient(self.q.dequantize())
+            w = jax.lax.stop_gradient(self.q.dequantize())
+            return from_front(w, self.stack_axes)
         if self.dropout:
             raise ValueError(
                 f"an adapter with dropout={self.dropout} cannot be part of a decoded kernel: "
@@ -99,36 +123,56 @@ class QuantBox(meta.AxisMetadata):
         if self.adapter is not None:
             update = lora_weight(*self.adapter, self.q.contract_axes, len(self.q.batch_shape))
             w = w + like(self.scaling * update, w)
-        return w.astype(dtype)
+        return from_front(w.astype(dtype), self.stack_axes)
+
+    def without_lead(self) -> "QuantBox":
+        """Return the box as a layer inside a scan reads it."""
+        if not self.lead:
+            return self
+        bare = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[self.lead :]), self)
+        return dataclasses.replace(bare, lead=0)
 
     def replace_boxed(self, val: Any) -> "QuantBox":
         """Return a box whose content is `val`, quantized as this one; an adapter's B is zeroed."""
         q = self.q
         if isinstance(val, QTensor):
             return dataclasses.replace(self, q=val)
+        val = to_front(val, self.stack_axes)
         batch_ndim = val.ndim - len(q.slice_shape)
         b = None if self.lora_b is None else jnp.zeros_like(self.lora_b)
         new = quantize(val, q.config, q.contract_axes, batch_ndim=batch_ndim)
         return dataclasses.replace(self, q=new, lora_b=b)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "QuantBox":
-        """Name the axis that `nn.scan` or `nn.vmap` has put in front."""
-        _check_leading(index)
-        if self.names is None:
-            return self
-        return dataclasses.replace(self, names=(self._partition_name(params), *self.names))
+        """Take in the axis that `nn.scan` or `nn.vmap` has put at `index` of every array."""
+        if index != self.lead:
+            raise NotImplementedError(
+                f"4-bit kernels are made stacked along axis 0, got axis {index}: use "
+                "variable_axes={'params': 0} in nn.scan or nn.vmap, or quantize_params"
+            )
+        box = self.without_lead()
+        stack_axes = (index, *box.stack_axes) if index or any(box.stack_axes) else ()
+        names = None if box.names is None else (self._partition_name(params), *box.names)
+        return dataclasses.replace(box, names=names, stack_axes=stack_axes)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "QuantBox":
-        """Drop the name of the axis that `nn.scan` or `nn.vmap` goes over."""
-        _check_leading(index)
-        if self.names is None:
-            return self
-        if self.names[0] != self._partition_name(params):
+        """Return a box whose arrays `nn.scan` or `nn.vmap` can slice along axis `index`."""
+        box = self.without_lead()
+        expected = box.stack_axes[0] if box.stack_axes else 0
+        if index != expected:
             raise ValueError(
-                f"the axis that is scanned is named {self.names[0]!r} in the kernel's "
-                f"names={self.names} and {params[meta.PARTITION_NAME]!r} in metadata_params"
+                f"a 4-bit kernel was stacked along axis {expected}, and is scanned along {index}: "
+                "quantize_params needs module= and example_args=, or batch_ndim= for axis 0"
             )
-        return dataclasses.replace(self, names=self.names[1:])
+        names = box.names
+        if names is not None and names[0] != self._partition_name(params):
+            raise ValueError(
+                f"the axis that is scanned is named {names[0]!r} in the kernel's "
+                f"names={names} and {params[meta.PARTITION_NAME]!r} in metadata_params"
+            )
+        box = jax.tree.map(lambda leaf: leaf.reshape((1,) * index + leaf.shape), box)
+        names = None if names is None else names[1:]
+        return dataclasses.replace(box, names=names, stack_axes=box.stack_axes[1:], lead=index)
 
     def _partition_name(self, params: dict[Any, Any]) -> str:
         if meta.PARTITION_NAME not in params:
@@ -187,6 +231,7 @@ def box_kernel(
     name: str,
     *,
     check_finite: bool = True,
+    stack_axes: tuple[int, ...] = (),
 ) -> QuantBox:
     """Quantize a kernel, or an `nn.Partitioned` one, whose names the box takes over.
 
@@ -197,14 +242,18 @@ def box_kernel(
         batch_ndim: leading axes of stacked layers or experts.
         name: the kernel's path, for errors.
         check_finite: refuse NaN and inf where they can be seen.
+        stack_axes: where w has the axes of stacked layers, if not in front.
     """
     names, float_box = None, QuantBox.float_box
+    stack_axes = stack_axes if any(stack_axes) else ()
     if isinstance(w, meta.Partitioned):
-        names, float_box = tuple(w.names), (type(w), _box_fields(w))
+        names, float_box = items_to_front(w.names, stack_axes), (type(w), _box_fields(w))
         w = w.value
     w = jnp.asarray(w) if isinstance(w, np.ndarray) else w
+    w = to_front(w, stack_axes) if stack_axes else w
     q = quantize(w, cfg, contract_axes, check_finite, batch_ndim=batch_ndim, name=name)
-    return QuantBox(q, names=names, compute_dtype=cfg.compute_dtype, float_box=float_box)
+    box = QuantBox(q, names=names, compute_dtype=cfg.compute_dtype, float_box=float_box)
+    return dataclasses.replace(box, stack_axes=stack_axes)
 
 
 def _box_fields(box: meta.Partitioned) -> tuple[tuple[str, Any], ...]:
@@ -234,14 +283,6 @@ def with_adapter(box: QuantBox, cfg: LoraConfig, key: jax.Array, name: str) -> Q
 def is_quant_box(leaf: Any) -> bool:
     """Return whether a node of a parameter tree is a 4-bit kernel."""
     return isinstance(leaf, QuantBox)
-
-
-def _check_leading(index: int) -> None:
-    if index != 0:
-        raise NotImplementedError(
-            f"4-bit kernels are stacked along axis 0, got axis {index}: "
-            "use variable_axes={'params': 0} in nn.scan or nn.vmap"
-        )
 
 
 def _to_state_dict(box: QuantBox) -> dict[str, Any]:

@@ -46,12 +46,14 @@ class Route:
         kernel: (module, *args) -> Kernel; None where no axis is summed over.
         call: (module, box, *args) -> what the method returns.
         decodes: whether Flax's own method has to run where the box was quantized along other axes.
+        transposes: whether a sum over exactly the axes that were not contracted is no other.
     """
 
     param: str
     kernel: Callable[..., Kernel | None]
     call: Callable[..., jax.Array]
     decodes: bool = True
+    transposes: bool = False
 
 
 _deterministic = contextvars.ContextVar[bool | None]("deterministic", default=None)
@@ -79,14 +81,14 @@ def fused_call(route: Route, module: nn.Module, *args, **kwargs) -> Any:
     """
     if not has_box(module, route.param):
         return NotImplemented
-    box = module.get_variable("params", route.param)
+    box = module.get_variable("params", route.param).without_lead()
     kernel = route.kernel(module, *args, **kwargs)
     path = path_of(module, route.param)
     if kernel is not None and kernel.shape != box.q.shape:
         raise errors.ScopeParamShapeError(
             route.param, path_of(module), tuple(box.q.shape), kernel.shape
         )
-    reason = _why_decoded(module, box, kernel) if route.decodes else None
+    reason = _why_decoded(route, module, box, kernel) if route.decodes else None
     with trace.leaf(path):
         if reason is None:
             return route.call(module, box, *args, **kwargs)
@@ -107,11 +109,15 @@ def path_of(module: nn.Module, *names: str) -> str:
     return "/".join((*module.path, *names))
 
 
-def _why_decoded(module: nn.Module, box: QuantBox, kernel: Kernel | None) -> str | None:
+def _why_decoded(
+    route: Route, module: nn.Module, box: QuantBox, kernel: Kernel | None
+) -> str | None:
     """Return why the route cannot run, or None if it can."""
+    axes = (box.q.contract_axes, box.q.out_axes) if route.transposes else (box.q.contract_axes,)
     if getattr(module, "dot_general", None) or getattr(module, "dot_general_cls", None):
         return "the layer has a dot_general of its own"
-    if kernel is None or (box.q.contract_axes, len(box.q.batch_shape)) != kernel[1:]:
+    batch_ndim = len(box.q.batch_shape)
+    if kernel is None or kernel.contract_axes not in axes or kernel.batch_ndim != batch_ndim:
         return f"the layer does not sum over its axes {box.q.contract_axes} alone"
     return None
 
@@ -234,11 +240,6 @@ METHOD_ROUTES: dict[Any, Route] = {
 }
 
 
-def route_of(context: nn.module.InterceptorContext) -> Route | None:
-    """Return the route of the method that an interceptor sees, if it is a layer of Flax."""
-    return METHOD_ROUTES.get(getattr(context.orig_method, "func", None))
-
-
 def _product(
     module: nn.Module, box: QuantBox, inputs: jax.Array, bias: str | None, equation: str = ""
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -256,16 +257,23 @@ def _product(
     x, _, *rest = promoted
     b, dtype = rest[0] if rest else None, x.dtype
     x = x if module.dtype is not None else x.astype(box.compute_dtype or dtype)
+    return multiply(module, box, x, dtype, equation), b
+
+
+def multiply(
+    module: nn.Module, box: QuantBox, x: jax.Array, dtype: Any, equation: str = ""
+) -> jax.Array:
+    """Return x, in the dtype to compute in, times the kernel, adapter included, as `dtype`."""
     y = einsum(equation, x, box.q) if equation else matmul(x, box.q)
     y = y.astype(dtype)
     if box.adapter is None:
-        return y, b
-    x, batch_ndim = _drop(module, x, box.dropout), len(box.q.batch_shape)
+        return y
+    x, batch_ndim = drop(module, x, box.dropout), len(box.q.batch_shape)
     if equation:
         update = lora_einsum(equation, x, *box.adapter, box.q.contract_axes, batch_ndim)
     else:
         update = lora_matmul(x, *box.adapter, batch_ndim)
-    return y + like(box.scaling * update, y).astype(dtype), b
+    return y + like(box.scaling * update, y).astype(dtype)
 
 
 def _bias(module: nn.Module, name: str | None) -> jax.Array | None:
@@ -276,7 +284,8 @@ def _bias(module: nn.Module, name: str | None) -> jax.Array | None:
     return meta.unbox(module.get_variable("params", name))
 
 
-def _drop(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+def drop(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    """Drop elements of an adapter's input, unless the call is deterministic."""
     deterministic = getattr(module, "deterministic", None)
     deterministic = _deterministic.get() if deterministic is None else deterministic
     if deterministic is None:

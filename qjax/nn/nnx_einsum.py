@@ -6,8 +6,9 @@ import jax
 from flax import nnx
 
 from qjax.core.config import QuantConfig
+from qjax.nn.equation import WeightAxes, equation_axes
 from qjax.nn.lora import LoraConfig
-from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, WeightAxes, finish
+from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, finish
 from qjax.ops.lora import lora_einsum
 from qjax.ops.matmul import einsum, parse
 
@@ -25,17 +26,7 @@ class LoraEinsum(LoraLayer, nnx.Einsum):
         """
         if self.einsum_str is None:
             raise ValueError("an Einsum without einsum_str has no axes to quantize along")
-        x, kernel, out = self.einsum_str.replace(" ", "").replace("->", ",").split(",")
-        shape = tuple(self.kernel_shape)
-        if len(kernel) != len(shape):
-            raise ValueError(f"einsum_str={self.einsum_str!r} does not fit kernel_shape={shape}")
-        batch = 0
-        while batch < len(kernel) and kernel[batch] in x and kernel[batch] in out:
-            batch += 1
-        contract = [i for i, axis in enumerate(kernel[batch:]) if axis in x and axis not in out]
-        if not contract:
-            raise ValueError(f"einsum_str={self.einsum_str!r} sums over no axis of the kernel")
-        return WeightAxes(shape, batch, tuple(contract))
+        return equation_axes(self.einsum_str, tuple(self.kernel_shape))
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, out_sharding=None):
         """Apply the equation, the constructor's unless one is given here."""

@@ -6,8 +6,9 @@ from flax import nnx
 
 from qjax.core.config import QuantConfig
 from qjax.core.placement import like
+from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig
-from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, WeightAxes, finish
+from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, finish
 from qjax.ops.lora import lora_matmul, lora_take
 from qjax.ops.matmul import matmul
 from qjax.ops.take import take

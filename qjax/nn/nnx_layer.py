@@ -6,7 +6,7 @@ names and meaning, so a layer changes its class in place and every reference to 
 """
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +17,13 @@ from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
 from qjax.core.placement import adapter_specs, like, place, weight_shardings
 from qjax.core.qtensor import QTensor
+from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig, init_adapter
 from qjax.nn.nnx_param import NOT_EAGER, SHARDING, QuantParam, quant_metadata, variable_sharding
 from qjax.ops import trace
 from qjax.ops.lora import lora_weight
 
 DEFAULT = QuantConfig()
-
-
-class WeightAxes(NamedTuple):
-    """How one layer, not stacked, uses its weight."""
-
-    shape: tuple[int, ...]
-    batch_ndim: int  # leading axes of `shape` that the products run over
-    contract_axes: tuple[int, ...]  # that a product sums over, counted behind the batch axes
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """Sizes of the axes of a slice that are not summed over."""
-        slice_shape = self.shape[self.batch_ndim :]
-        return tuple(n for i, n in enumerate(slice_shape) if i not in self.contract_axes)
-
-    @property
-    def contract_shape(self) -> tuple[int, ...]:
-        """Sizes of the axes that are."""
-        return tuple(self.shape[self.batch_ndim + i] for i in self.contract_axes)
 
 
 class LoraLayer(nnx.Module):
@@ -171,7 +153,8 @@ class QuantLayer(LoraLayer):
             weight: a `QuantParam` that the layer shares with another; None quantizes its own.
         """
         if weight is None:
-            weight = quantize_weight(layer, cls, config, name=name)
+            variable, name = getattr(layer, cls.weight_name), name or cls.weight_name
+            weight = quantize_weight(variable, cls.weight_axes(layer), config, name=name)
         layer.__class__ = cls
         setattr(layer, cls.weight_name, weight)
         layer.compute_dtype = config.compute_dtype
@@ -214,16 +197,15 @@ class QuantLayer(LoraLayer):
 
 
 def quantize_weight(
-    layer: Any, cls: type[QuantLayer], config: QuantConfig, *, name: str = ""
+    variable: nnx.Variable, axes: WeightAxes, config: QuantConfig, *, name: str
 ) -> QuantParam:
-    """Quantize a layer's weight as `cls` uses it; one of `jax.ShapeDtypeStruct` stays abstract.
+    """Quantize a weight that is used as `axes` says; an abstract one stays abstract.
 
     Raises:
         ValueError: its shape is not the layer's own behind stacked axes; NaN or inf.
         TypeError: it is not floating.
     """
-    variable, name = getattr(layer, cls.weight_name), name or cls.weight_name
-    axes, w = cls.weight_axes(layer), variable.get_raw_value()
+    w = variable.get_raw_value()
     batch_ndim = stacked_ndim(tuple(w.shape), axes, name) + axes.batch_ndim
     q = quantize(w, config, axes.contract_axes, batch_ndim=batch_ndim, name=name)
     sharding = variable_sharding(variable)

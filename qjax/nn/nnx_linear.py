@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.core.config import QuantConfig
+from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig
-from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, WeightAxes, finish
+from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, finish
 from qjax.ops.lora import lora_matmul
 from qjax.ops.matmul import matmul
 

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.spmd import get_var_pspec
 from jax.core import Tracer
@@ -12,10 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qjax.core.placement import place, sharding_of, weight_shardings, weight_specs
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
+from qjax.ops.take import take
 
-SKIPPED = "qjax_skipped"  # metadata of a weight that quantize_model left alone: the reason
-# Metadata of the float variable alone.
-_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", SKIPPED)
+NOTE = "qjax_note"  # metadata: why quantize_model left a weight alone, or why it is decoded
+# Metadata of the float variable alone, or (compute_dtype) of a QuantParam whose module has no such
+# attribute.
+_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "compute_dtype", NOTE)
 # Metadata that say how the float array is sharded, and Flax's own eager sharding switched off: it
 # would put that spec on every array of the weight.
 SHARDING = ("out_sharding", "sharding_rules", "mesh")
@@ -55,7 +58,15 @@ class QuantParam(nnx.Variable):
         """Return the QTensor, or with an index the decoded array there."""
         if index is None:
             return super().get_value()
+        if _is_lookup(index, self.q):
+            return self.rows(index[0] if isinstance(index, tuple) else index)
         return self.decode()[index]
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Return rows of a table; as array indexing has it, those outside are the nearest."""
+        last = self.q.shape[0] - 1
+        with trace.leaf(self.get_metadata().get("path")):
+            return take(self.q, jnp.clip(ids, -last - 1, last))
 
     def set_value(self, value: Any, *, index: Any = None) -> None:
         """Replace the QTensor; there is no assigning to parts of it."""
@@ -95,6 +106,13 @@ class QuantParam(nnx.Variable):
             if name.startswith("_") or not hasattr(jax.Array, name):
                 raise
         return getattr(self.decode(), name)
+
+
+def _is_lookup(index: Any, q: Any) -> bool:
+    """Return whether an index asks for rows of a table whose blocks run along the rows."""
+    ids = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+    is_table = isinstance(q, QTensor) and (q.ndim, q.contract_axes) == (2, (1,))
+    return is_table and isinstance(ids, jax.Array) and jnp.issubdtype(ids.dtype, jnp.integer)
 
 
 def _decoded_operator(name: str):

@@ -77,7 +77,10 @@ def lora_einsum(
 
     def product(x, x_axes, w, w_axes, out_axes):
         numbered = [[number[axis] for axis in axes] for axes in (x_axes, w_axes, out_axes)]
-        args = (x, numbered[0], w.astype(x.dtype), numbered[1], numbered[2])
+        shared = {*x_axes} & {*w_axes} & {*out_axes}
+        # XLA's CPU product refuses bfloat16 unless the batch axes come first in its result.
+        dtype = x.dtype if {*out_axes[: len(shared)]} == shared else jnp.float32
+        args = (x.astype(dtype), numbered[0], w.astype(dtype), numbered[1], numbered[2])
         return jnp.einsum(*args, preferred_element_type=jnp.float32).astype(x.dtype)
 
     def both(x, left, right):

@@ -92,6 +92,9 @@ def einsum(
     batch, slice_axes = q_axes[:batch_ndim], q_axes[batch_ndim:]
     contract = [slice_axes[i] for i in q.contract_axes]
     other = [slice_axes[i] for i in q.out_axes]
+    spread = [a for a in batch if a not in x_axes]  # one x for all experts
+    x = jnp.broadcast_to(x, (*(sizes[a] for a in spread), *x.shape))
+    x_axes = [*spread, *x_axes]
     transpose = _sums_over(contract, other, x_axes, out_axes)
     rows = [a for a in x_axes if a not in q_axes]
     shared = set(batch) <= set(x_axes) & set(out_axes) and set(rows) <= set(out_axes)
@@ -99,6 +102,7 @@ def einsum(
         trace.record("decode", f"einsum {equation!r} sums over other axes", q)
         _warn_decoded(equation, q.contract_axes)
         w = jax.lax.stop_gradient(q.dequantize(x.dtype))
+        x = x[(0,) * len(spread)]
         return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
     summed, kept = (other, contract) if transpose else (contract, other)
     x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])

@@ -7,11 +7,11 @@ import jax
 from flax import nnx
 
 from qjax.core.qtensor import QTensor
-from qjax.nn.nnx_param import SKIPPED
+from qjax.nn.nnx_param import NOTE
 
 
 def iter_leaves(x: Any) -> Iterator[tuple[str, Any, str | None]]:
-    """Yield each leaf's path, its value (a QTensor or an array) and why it was left alone.
+    """Yield each leaf's path, its value (a QTensor or an array) and what there is to say of it.
 
     Args:
         x: an NNX module or state, or a pytree; boxes with a QTensor at `.q` yield that, and their
@@ -26,7 +26,7 @@ def iter_leaves(x: Any) -> Iterator[tuple[str, Any, str | None]]:
     for path, leaf in nnx.to_flat_state(x):
         reason = None
         if isinstance(leaf, nnx.Variable):
-            reason, leaf = leaf.get_metadata().get(SKIPPED), leaf.get_raw_value()
+            reason, leaf = leaf.get_metadata().get(NOTE), leaf.get_raw_value()
         yield "/".join(map(str, path)), leaf, reason
 
 

@@ -39,6 +39,12 @@ def quantize_params(
     read in two ways is left as it is, with a warning. A wrong reading would cost speed, never the
     result.
 
+    Parameters that other modules make by `self.param` are weights too if two of their sizes are 32
+    or more. With the trace, a module that is called with an equation and is that einsum (gemma's),
+    and what `qjax.register` knows, run on the packed weight in `qjax.apply`; any other parameter is
+    decoded where it is read, which a warning and `qjax.report` say. With the trace, layers may be
+    stacked along any axis; without it along axis 0.
+
     Args:
         params: the "params" of a model, or all its variables; dict or FrozenDict, of arrays or
             `jax.ShapeDtypeStruct`s. `nn.Partitioned` kernels become 4-bit leaves with their names.
@@ -57,7 +63,7 @@ def quantize_params(
         it faster.
 
     Raises:
-        ValueError: no kernel in the tree; an `include` or other pattern that matches none, or
+        ValueError: no weight in the tree; an `include` or other pattern that matches none, or
             only kernels that cannot be read; NaN or inf.
         TypeError: a kernel is not floating.
 
@@ -93,6 +99,7 @@ def quantize_params(
             batch_ndim=use.batch_ndim,
             name=path,
             check_finite=check_finite,
+            stack_axes=use.stack_axes,
         )
         return box(leaf)
 
@@ -182,4 +189,6 @@ def _map_params(fn: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def _layer(path: str) -> str:
-    return path.rpartition("/")[0]
+    """Return what a LoraConfig's patterns are searched in: a raw parameter has its own name."""
+    layer, _, name = path.rpartition("/")
+    return layer if name in ("kernel", "embedding") else path

@@ -7,7 +7,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from qjax.nn.linen_routes import adapter_dropout, fused_call, route_of
+from qjax.nn.linen_foreign import route_of
+from qjax.nn.linen_routes import adapter_dropout, fused_call
 
 
 def apply(
@@ -22,7 +23,8 @@ def apply(
     """Call `module.apply` with dense layers and embeddings running on their packed kernels.
 
     `nn.Dense`, `nn.DenseGeneral` (so Flax's attention too), `nn.Einsum` and `nn.Embed` are routed,
-    also inside `nn.scan`, `nn.vmap` and `nn.remat`. Other modules get decoded kernels.
+    also inside `nn.scan`, `nn.vmap` and `nn.remat`; so are methods that `qjax.register` names.
+    Other modules get decoded kernels.
 
     Adapters with dropout drop if `rngs` has a "dropout" key and the call does not say
     `deterministic=True`. With `deterministic=False` and no such key Flax raises, as it does for
@@ -75,7 +77,7 @@ def fused(*, deterministic: bool | None = None) -> Iterator[None]:
 
 
 def _route(next_fun, args, kwargs, context):
-    route = route_of(context)
+    route = route_of(context, args)
     if route is None:
         return next_fun(*args, **kwargs)
     result = fused_call(route, context.module, *args, **kwargs)

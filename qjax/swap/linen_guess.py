@@ -16,6 +16,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from qjax.nn.stack_axes import items_to_front
+from qjax.swap.guess import guess_axes, is_matrix, role_of
 from qjax.swap.linen_trace import CONVOLUTION, Use
 
 # Name -> number of feature axes of the rank-3 kernels of nn.MultiHeadDotProductAttention.
@@ -27,7 +29,7 @@ _CONV = re.compile("conv", re.IGNORECASE)
 def guess_uses(
     shapes: Mapping[str, tuple[int, ...]], stacked: Mapping[str, int] | None = None
 ) -> dict[str, Use]:
-    """Return the use of each leaf named `kernel` or `embedding`, by path.
+    """Return the use of each leaf named `kernel` or `embedding`, and of raw ones, by path.
 
     Args:
         shapes: of all leaves, by path.
@@ -44,7 +46,29 @@ def guess_uses(
         if names[-1] in ("kernel", "embedding"):
             bias = shapes.get("/".join((*names[:-1], "bias")))
             uses[path] = _guess(names, shapes[path], bias, (stacked or {}).get(path), norms)
+            continue
+        batch_ndim = (stacked or {}).get(path, _stacked_axes(names, shapes[path], norms) or 0)
+        use = guess_raw(path, shapes[path], (0,) * batch_ndim)
+        if use is not None:
+            uses[path] = use
     return uses
+
+
+def guess_raw(path: str, shape: tuple[int, ...], stack_axes: tuple[int, ...]) -> Use | None:
+    """Return the use of a parameter with a name of its own, or None if it is no weight.
+
+    Args:
+        path: of the parameter.
+        shape: with its stacked axes.
+        stack_axes: which these are, as scans and vmaps take them away, outermost first.
+    """
+    name, batch_ndim = path.rpartition("/")[2], len(stack_axes)
+    shape = items_to_front(shape, stack_axes)
+    if not is_matrix(name, shape[batch_ndim:]):
+        return None
+    role = role_of(name)
+    axes = guess_axes(path, shape[batch_ndim:], role)
+    return Use(axes.contract_axes, batch_ndim + axes.batch_ndim, role, stack_axes, is_guess=True)
 
 
 def _guess(path: tuple[str, ...], shape, bias, stacked: int | None, norms) -> Use:

@@ -7,6 +7,7 @@ axes `nn.scan` and `nn.vmap` take away; an interceptor sees which layer reads it
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ import jax
 from flax.core import meta
 
 from qjax.nn.linen_box import is_quant_box
-from qjax.nn.linen_routes import Kernel, Route, route_of
+from qjax.nn.linen_foreign import registered_kernels, route_of
+from qjax.nn.linen_routes import Kernel
 from qjax.swap.linen_apply import fused
 
 CONVOLUTION = "convolutions are kept"
@@ -28,13 +30,20 @@ class Use:
         contract_axes: of one slice.
         batch_ndim: leading axes: stacked layers first, then the layer's own batch axes.
         role: "dense" or "embedding".
+        stack_axes: where the axes of stacked layers are, if not in front.
         problem: why this kernel cannot be quantized, if so.
+        is_guess: whether only its shape and name told.
     """
 
     contract_axes: tuple[int, ...] = ()
     batch_ndim: int = 0
     role: str = "dense"
+    stack_axes: tuple[int, ...] = ()
     problem: str | None = None
+    is_guess: bool = False
+
+
+_reads: ContextVar[dict[str, tuple[int, ...]]] = ContextVar("qjax_probe_reads")
 
 
 def trace_uses(
@@ -42,8 +51,10 @@ def trace_uses(
     variables: Mapping[str, Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> dict[str, Use]:
-    """Return the use of each kernel that one of Flax's layers reads in a call, by path.
+) -> tuple[dict[str, Use], dict[str, tuple[int, ...]]]:
+    """Return the use of each kernel that a known layer reads in a call, by path.
+
+    And, of every parameter that is read at all, the stacked axes that scans and vmaps take away.
 
     Args:
         module: the model.
@@ -54,13 +65,18 @@ def trace_uses(
     uses: dict[str, Use] = {}
 
     def watch(next_fun, args, kwargs, context):
-        module, route = context.module, route_of(context)
+        module, route = context.module, route_of(context, args)
         probe = _probe_of(module, route.param if route else "kernel")
         if probe is not None and route is not None:
             kernel = route.kernel(module, *args, **kwargs)
-            uses.setdefault(probe.path, _use(probe, kernel, route))
+            role = "dense" if route.decodes else "embedding"
+            uses.setdefault(probe.path, _use(probe, kernel, role))
         elif probe is not None and isinstance(module, (nn.Conv, nn.ConvTranspose, nn.ConvLocal)):
             uses.setdefault(probe.path, Use(problem=CONVOLUTION))
+        for name, kernel, role in registered_kernels(module):
+            probe = _probe_of(module, name)
+            if probe is not None:
+                uses[probe.path] = _use(probe, kernel, role)
         return next_fun(*args, **kwargs)
 
     # Only arrays can be traced; flags, strings and functions stay as they are.
@@ -74,8 +90,12 @@ def trace_uses(
         with fused(deterministic=True), nn.intercept_methods(watch):
             return module.apply(probed, *args, **kwargs)
 
-    jax.eval_shape(lambda traced: (call(traced), ())[1], traced)
-    return uses
+    token = _reads.set({})
+    try:
+        jax.eval_shape(lambda traced: (call(traced), ())[1], traced)
+        return uses, _reads.get()
+    finally:
+        _reads.reset(token)
 
 
 def path_string(path: Sequence[Any]) -> str:
@@ -93,6 +113,7 @@ class _Probe(meta.AxisMetadata):
     removed: tuple[int, ...] = ()  # stacked axes, outermost first
 
     def unbox(self):
+        _reads.get()[self.path] = self.removed
         return self.value
 
     def replace_boxed(self, val):
@@ -119,13 +140,8 @@ def _probe_of(module: nn.Module, param: str) -> _Probe | None:
     return value if isinstance(value, _Probe) else None
 
 
-def _use(probe: _Probe, kernel: Kernel | None, route: Route) -> Use:
+def _use(probe: _Probe, kernel: Kernel | None, role: str) -> Use:
     if kernel is None:
         return Use(problem="its layer sums over none of its axes")
-    if any(probe.removed):
-        return Use(
-            problem=f"it is stacked along axis {max(probe.removed)}, and in 4 bits that has to be "
-            "axis 0, as by variable_axes={'params': 0}"
-        )
-    role = "dense" if route.decodes else "embedding"
-    return Use(kernel.contract_axes, len(probe.removed) + kernel.batch_ndim, role)
+    batch_ndim = len(probe.removed) + kernel.batch_ndim
+    return Use(kernel.contract_axes, batch_ndim, role, probe.removed)

@@ -14,23 +14,28 @@ from flax import nnx
 
 from qjax.core.config import QuantConfig
 from qjax.nn.lora import LoraConfig
-from qjax.nn.nnx_embed import QuantEmbed
-from qjax.nn.nnx_layer import LoraLayer, QuantLayer, quantize_weight, stacked_ndim
-from qjax.nn.nnx_param import SKIPPED, QuantParam
-from qjax.swap.nnx_find import Found, find_layers
-from qjax.swap.policy import check_patterns, matches, skip_reason
+from qjax.nn.nnx_layer import quantize_weight, stacked_ndim
+from qjax.nn.nnx_param import NOTE, QuantParam
+from qjax.swap.nnx_find import Found, layer_class
+from qjax.swap.nnx_raw import Raw, find_weights
+from qjax.swap.policy import check_patterns, glu_gates, listed, matches, skip_reason
 
 DEFAULT = QuantConfig()
+_DECODED = "decoded at each use: its layer has code or a product of its own"
 
 
 def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
     """Quantize the dense layers of an NNX model to 4 bits, in place.
 
-    `nnx.Linear`, `LinearGeneral`, `Einsum` (so `MultiHeadAttention` too) and, where an include
-    pattern asks for it, `Embed` become `qjax.nnx` layers under the same paths. Shared layers stay
-    shared; layers stacked by `nnx.vmap` are quantized slice by slice. A subclass with code of its
-    own keeps its class and reads its weight decoded, with a warning. By default embeddings, norms,
-    routers and the output head stay in floating point; `qjax.report` says what stayed and why.
+    `nnx.Linear`, `LinearGeneral`, `Einsum` (so `MultiHeadAttention` too), `Conv` of kernel size 1
+    and, where an include pattern asks for it, `Embed` become `qjax.nnx` layers under the same
+    paths. Shared layers stay shared; layers stacked by `nnx.vmap` are quantized slice by slice. By
+    default embeddings, norms, routers and the output head stay in floating point; `qjax.report`
+    says what stayed and why.
+
+    Parameters of other modules too: a module that is one einsum (`einsum_str` and a weight), or
+    that `qjax.register` knows, runs on the packed weight. Any other keeps its class and reads its
+    weight decoded, with a warning.
 
     Args:
         model: any module; its arrays may be abstract (`nnx.eval_shape`).
@@ -51,80 +56,86 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
         >>> model.layers[0].kernel.q.bits_per_param
         4.140625
     """
-    found = list(find_layers(model))
+    found = find_weights(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no dense layer to quantize")
     check_patterns(cfg, [f.weight_path for f in found], "weight of a dense layer")
     todo = [f for f in found if not f.is_quantized]
     reasons = _reasons(todo, cfg) | _normalized(model)
+    _note_convolutions(model)
     shared: dict[int, QuantParam] = {}
     decoded = []
     for f in todo:
-        if reasons[f.path]:
-            f.weight.set_metadata(SKIPPED, reasons[f.path])
+        if reasons[f.weight_path]:
+            f.weight.set_metadata(NOTE, reasons[f.weight_path])
             continue
+        _quantize(f, cfg.at(f.weight_path), shared)
         if not f.runs_fused:
             decoded.append(f.weight_path)
-        _quantize(f, cfg.at(f.weight_path), shared)
+            f.weight.set_metadata(NOTE, _DECODED)
     if decoded:
         warnings.warn(
             "these layers have code or products of their own, and decode their whole 4-bit weight "
-            f"at each call: {', '.join(decoded)}",
+            f"at each call: {listed(decoded)}; see qjax.register",
             stacklevel=2,
         )
     return model
 
 
-def _reasons(found: list[Found], cfg: QuantConfig) -> dict[str, str | None]:
-    """Return, for each layer's path, why its weight stays as it is, or None."""
-    reasons = {f.path: _reason(f, cfg) for f in found}
+def _reasons(found: list[Found | Raw], cfg: QuantConfig) -> dict[str, str | None]:
+    """Return, for each weight's path, why it stays as it is, or None."""
+    gates = glu_gates({f.weight_path: tuple(f.weight.shape) for f in found})
+    reasons = {f.weight_path: _reason(f, cfg, f.weight_path in gates) for f in found}
     sharing = defaultdict(list)
     for f in found:
         sharing[id(f.weight)].append(f)
     for group in sharing.values():
-        kept = [f for f in group if reasons[f.path]]
-        uses = {(f.cls, f.runs_fused) for f in group}
+        kept = [f for f in group if reasons[f.weight_path]]
+        uses = {f.use for f in group} if len(group) > 1 else set()
         for f in group:
             other = next((o for o in kept or group if o is not f), None)
-            if not reasons[f.path] and other and (kept or len(uses) > 1):
-                reasons[f.path] = f"shares its array with {other.weight_path}" + (
+            if not reasons[f.weight_path] and other and (kept or len(uses) > 1):
+                reasons[f.weight_path] = f"shares its array with {other.weight_path}" + (
                     ", which is kept" if kept else ", which uses it in another way"
                 )
     return reasons
 
 
 def _normalized(model: nnx.Module) -> dict[str, str | None]:
-    """Return a reason for each layer whose weight a wrapper of Flax's writes at every call."""
+    """Return a reason for each weight that a wrapper of Flax's writes at every call."""
     modules = dict(nnx.iter_modules(model, graph=True))
     wrappers = [m for m in modules.values() if isinstance(m, nnx.WeightNorm | nnx.SpectralNorm)]
     inside = {id(wrapper.layer_instance) for wrapper in wrappers}
     return {
-        "/".join(map(str, path)): "its weight is normalized at each call"
+        "/".join(map(str, (*path, name))): "its weight is normalized at each call"
         for path, module in modules.items()
         if id(module) in inside
+        for name in vars(module)
     }
 
 
-def _reason(f: Found, cfg: QuantConfig) -> str | None:
+def _note_convolutions(model: nnx.Module) -> None:
+    for _, module in nnx.iter_modules(model, graph=True):
+        if isinstance(module, nnx.Conv | nnx.ConvTranspose) and layer_class(module) is None:
+            module.kernel.set_metadata(NOTE, "convolutions are kept")
+
+
+def _reason(f: Found | Raw, cfg: QuantConfig, is_glu: bool) -> str | None:
     try:
-        axes = f.cls.weight_axes(f.layer)
+        axes = f.axes()
         stacked_ndim(tuple(f.weight.shape), axes, f.weight_path)
     except (ValueError, AttributeError) as error:  # a subclass may lack Flax's attributes
         return skip_reason(f.weight_path, cfg) or str(error)
-    role = "embedding" if f.cls is QuantEmbed else "dense"
-    return skip_reason(f.weight_path, cfg, role=role, out_size=math.prod(axes.out_shape))
+    out_size = math.inf if is_glu else math.prod(axes.out_shape)
+    return skip_reason(f.weight_path, cfg, role=f.role, out_size=out_size)
 
 
-def _quantize(f: Found, cfg: QuantConfig, shared: dict[int, QuantParam]) -> None:
-    """Quantize one layer; layers that share a variable (by id, all alive by now) still do."""
+def _quantize(f: Found | Raw, cfg: QuantConfig, shared: dict[int, QuantParam]) -> None:
+    """Quantize one weight; layers that share a variable (by id, all alive by now) still do."""
     key = id(f.weight)
     if key not in shared:
-        shared[key] = quantize_weight(f.layer, f.cls, cfg, name=f.weight_path)
-    weight = shared[key]
-    if f.runs_fused:
-        f.cls.convert(f.layer, cfg, weight=weight)
-    else:
-        setattr(f.layer, f.cls.weight_name, weight)
+        shared[key] = quantize_weight(f.weight, f.axes(), cfg, name=f.weight_path)
+    f.put(shared[key], cfg)
 
 
 def add_lora(
@@ -155,32 +166,25 @@ def add_lora(
     """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}")
-    found = list(find_layers(model))
-    check_patterns(cfg, [f.path for f in found], "dense layer")
+    found = find_weights(model)
+    check_patterns(cfg, [name for f in found for name in _names(f)], "dense layer")
     if cfg.include is None:
-        found = [f for f in found if isinstance(f.layer, QuantLayer)]
+        found = [f for f in found if f.is_quantized]
         if not found:
             raise ValueError(
                 "no layer is in 4 bits, so none takes an adapter by default: call quantize_model, "
                 "or name float layers by include="
             )
     else:
-        found = [f for f in found if matches(f.path, cfg.include)]
-    found = [f for f in found if not matches(f.path, cfg.exclude)]
+        found = [f for f in found if any(matches(name, cfg.include) for name in _names(f))]
+    found = [f for f in found if not any(matches(name, cfg.exclude) for name in _names(f))]
     for f in found:
-        _check_adapter(f)
+        f.check_adapter(cfg)
     for f in found:
-        if not isinstance(f.layer, LoraLayer):
-            f.layer.__class__ = f.cls.lora_class
-        f.layer.init_adapter(cfg, rngs, dtype)
+        f.add_adapter(cfg, rngs, dtype)
     return model
 
 
-def _check_adapter(f: Found) -> None:
-    if not f.is_own_class:
-        raise ValueError(
-            f"{f.path}: {type(f.layer).__name__} has code of its own, which would not use an "
-            "adapter; leave it out by include= or exclude="
-        )
-    if getattr(f.layer, "lora_a", None) is not None:
-        raise ValueError(f"{f.path} has an adapter already; merge_lora ends it")
+def _names(f: Found | Raw) -> tuple[str, ...]:
+    """Return what the patterns of a LoraConfig are searched in; a module may have many weights."""
+    return (f.path, f.weight_path) if isinstance(f, Raw) else (f.path,)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qjax.nn.nnx_layer import LoraLayer
 from qjax.nn.nnx_param import quant_metadata
-from qjax.swap.nnx_find import Found, find_layers
+from qjax.swap.nnx_find import Found
+from qjax.swap.nnx_raw import find_weights
 
 
 def merge_lora(model: nnx.Module, dtype: Any = jnp.bfloat16) -> nnx.Module:
@@ -38,30 +38,26 @@ def dequantize_model(model: nnx.Module, dtype: Any = None) -> nnx.Module:
 
 
 def _floated(model: nnx.Module, dtype: Any, merge: bool) -> nnx.Module:
-    found = [f for f in find_layers(model) if f.is_quantized or (merge and _adapter(f.layer))]
+    found = [f for f in find_weights(model) if f.is_quantized or (merge and f.is_adapted)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer in 4 bits")
     model = nnx.clone(model)  # new modules and variables, the same arrays
-    paths = {f.path for f in found}
+    paths = {f.weight_path for f in found}
     shared: dict[int, nnx.Param] = {}
-    for f in list(find_layers(model)):
-        if f.path not in paths:
+    for f in find_weights(model):
+        if f.weight_path not in paths:
             continue
-        old, adapted = f.weight, _adapter(f.layer)
-        if merge and adapted:
-            new = nnx.Param(f.layer.float_weight(dtype), **quant_metadata(old))
+        old = f.weight
+        if merge and f.is_adapted:
+            new = _param(f.merged(dtype), old)
         else:
             if id(old) not in shared:
-                shared[id(old)] = nnx.Param(_decoded(old, dtype), **quant_metadata(old))
+                shared[id(old)] = _param(_decoded(old, dtype), old)
             new = shared[id(old)]
-        _to_float(f, new, keep_adapter=adapted and not merge)
-        if merge and getattr(f.layer, "bias", None) is not None:
+        f.to_float(new, keep_adapter=f.is_adapted and not merge)
+        if merge and isinstance(f, Found) and f.layer.__dict__.get("bias") is not None:
             f.layer.bias.set_value(f.layer.bias[...].astype(dtype))
     return model
-
-
-def _adapter(layer: nnx.Module) -> bool:
-    return isinstance(layer, LoraLayer) and layer.lora_a is not None
 
 
 def _decoded(variable: nnx.Variable, dtype: Any) -> jax.Array:
@@ -71,11 +67,6 @@ def _decoded(variable: nnx.Variable, dtype: Any) -> jax.Array:
     return value.dequantize(dtype)
 
 
-def _to_float(f: Found, weight: nnx.Param, keep_adapter: bool) -> None:
-    if "compute_dtype" in vars(f.layer):
-        del f.layer.compute_dtype
-    if isinstance(f.layer, LoraLayer):
-        if not keep_adapter:
-            f.layer.drop_adapter()
-        f.layer.__class__ = f.cls.lora_class if keep_adapter else f.cls.float_class
-    setattr(f.layer, f.cls.weight_name, weight)
+def _param(w: Any, old: nnx.Variable) -> nnx.Param:
+    """Return a float weight with the metadata of `old`; a named sharding asks for no mesh here."""
+    return nnx.Param(w, eager_sharding=False, **quant_metadata(old))

@@ -6,7 +6,7 @@ by an `include` pattern gets it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from qjax.core.config import QuantConfig
 from qjax.nn.lora import LoraConfig
@@ -21,7 +21,7 @@ _MANY_EXPERTS = 256  # a "gate" with no more outputs than this routes; a larger 
 
 
 def skip_reason(
-    path: str, cfg: QuantConfig, *, role: str = "dense", out_size: int | None = None
+    path: str, cfg: QuantConfig, *, role: str = "dense", out_size: float | None = None
 ) -> str | None:
     """Return why the weight at `path` is left in floating point, or None to quantize it.
 
@@ -29,7 +29,8 @@ def skip_reason(
         path: "/"-joined, such as "layers/0/mlp/up_proj/kernel".
         cfg: its include and exclude decide first.
         role: "dense", or "embedding" for a lookup table.
-        out_size: product of the weight's output axes, which tells a router from a gated MLP.
+        out_size: product of the weight's output axes, which tells a router from a gated MLP;
+            infinite for one of `glu_gates`.
     """
     if matches(path, cfg.exclude):
         return f"matches exclude={cfg.exclude}"
@@ -44,6 +45,23 @@ def skip_reason(
     if _NORM.search(path):
         return "norms are kept by default"
     return None
+
+
+def glu_gates(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Return the paths of layers named "gate" that route nothing: one beside them has their shape.
+
+    Args:
+        shapes: of all weights, by path.
+    """
+    split = {path: path.split("/") for path in shapes}
+
+    def is_beside(other: str, path: str) -> bool:
+        at = split[path].index("gate")
+        rest = [names[:at] + names[at + 1 :] for names in (split[other], split[path])]
+        return other != path and shapes[other] == shapes[path] and rest[0] == rest[1]
+
+    gates = [path for path in shapes if _GATE.search(path)]
+    return {path for path in gates if any(is_beside(other, path) for other in shapes)}
 
 
 def matches(path: str, patterns: str | Iterable[str] | None) -> bool:
@@ -62,5 +80,11 @@ def check_patterns(cfg: QuantConfig | LoraConfig, paths: Iterable[str], what: st
     paths = list(paths)
     for pattern in cfg.include or ():
         if not any(re.search(pattern, path) for path in paths):
-            some = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
-            raise ValueError(f"include={pattern!r} matches no {what}; there are: {some or 'none'}")
+            raise ValueError(
+                f"include={pattern!r} matches no {what}; there are: {listed(paths) or 'none'}"
+            )
+
+
+def listed(paths: list[str]) -> str:
+    """Return paths for a message, the first of many."""
+    return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")

@@ -1,6 +1,7 @@
 """Quantization-aware training: weights rounded in the forward pass, trained as if they were not."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,11 @@ from flax import nnx
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
-from qjax.nn.nnx_layer import LoraLayer
 from qjax.swap.leaves import flatten_weights, path_string
 from qjax.swap.linen import quantize_params
 from qjax.swap.nnx import quantize_model
-from qjax.swap.nnx_find import find_layers
+from qjax.swap.nnx_find import Found
+from qjax.swap.nnx_raw import Raw, find_weights
 
 
 def fake_quantize(w: jax.Array, like: QTensor, name: str = "w") -> jax.Array:
@@ -88,14 +89,14 @@ def fake_quantized(model: nnx.Module, cfg: QuantConfig) -> Iterator[None]:
         (64, 2)
     """
     plan = _plan(model, cfg)
-    found = [f for f in find_layers(model) if f.weight_path in plan and not f.is_quantized]
+    found = [f for f in find_weights(model) if f.weight_path in plan and not f.is_quantized]
     if not found:
         raise ValueError(f"{type(model).__name__} has no dense layer in floating point to round")
     before = [(f.weight, f.weight.get_raw_value()) for f in found]
     try:
         for f in found:
             w, like = f.weight.get_raw_value(), plan[f.weight_path]
-            f.weight.set_raw_value(_rounded(f.layer, w, like, f.weight_path))
+            f.weight.set_raw_value(_rounded(f, w, like))
         yield
     finally:
         for weight, value in before:
@@ -106,16 +107,18 @@ def _plan(model: nnx.Module, cfg: QuantConfig) -> dict[str, QTensor]:
     """Return what each weight would become, abstractly, by path."""
     graphdef, state = nnx.split(model)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
-    quantized = quantize_model(nnx.merge(graphdef, abstract), cfg)
-    weights = {f.weight_path: f.weight.get_raw_value() for f in find_layers(quantized)}
+    with warnings.catch_warnings(action="ignore"):  # of how the 4-bit model would run
+        quantized = quantize_model(nnx.merge(graphdef, abstract), cfg)
+    weights = {f.weight_path: f.weight.get_raw_value() for f in find_weights(quantized)}
     return {path: q for path, q in weights.items() if isinstance(q, QTensor)}
 
 
-def _rounded(layer: nnx.Module, w: jax.Array, like: QTensor, name: str) -> jax.Array:
-    if not isinstance(layer, LoraLayer) or layer.lora_a is None:
+def _rounded(f: Found | Raw, w: jax.Array, like: QTensor) -> jax.Array:
+    name = f.weight_path
+    if not f.is_adapted:
         return fake_quantize(w, like, name)
     # The layer adds the adapter's product itself: what is left of the rounded sum is the weight.
     base = jax.lax.stop_gradient(w).astype(jnp.float32)
-    merged = layer.float_weight(jnp.float32)
+    merged = f.merged(jnp.float32)
     adapter = merged - w.astype(jnp.float32)
     return (fake_quantize(base + adapter, like, name) - adapter).astype(w.dtype)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
+from qjax.swap.guess import role_of
 from qjax.swap.leaves import iter_leaves
 from qjax.swap.policy import skip_reason
 from qjax.swap.trace_call import trace_nnx, trace_tree
@@ -189,7 +190,7 @@ def _row(path: str, leaf: Any, reason: str | None) -> Row:
         bits = 8 * nbytes / max(math.prod(shape), 1)
         note = reason if reason is not None else _why_float(path, leaf)
         return Row(path, shape, dtype, None, False, None, bits, nbytes, nbytes, note)
-    note = ""
+    note = reason or ""
     if leaf.layout == "flat":
         k = math.prod(leaf.contract_shape)
         note = f"decoded at each use: block_size={leaf.block_size} does not divide K={k}"
@@ -208,7 +209,7 @@ def _row(path: str, leaf: Any, reason: str | None) -> Row:
 
 
 def _is_adapter(path: str) -> bool:
-    return path.rpartition("/")[2] in ("lora_a", "lora_b")
+    return path.rpartition("/")[2].endswith(("lora_a", "lora_b"))
 
 
 def _is_param(row: Row) -> bool:
@@ -224,8 +225,7 @@ def _why_float(path: str, leaf: Any) -> str:
         return "not floating"
     if name in _VECTORS or len(leaf.shape) < 2:
         return "vectors are kept"
-    role = "embedding" if name == "embedding" else "dense"
-    return skip_reason(path, QuantConfig(), role=role) or "not quantized"
+    return skip_reason(path, QuantConfig(), role=role_of(name)) or "not quantized"
 
 
 def _table(report: Report) -> str:

@@ -1,5 +1,6 @@
 """Trace a call without computing it, and say what ran for each 4-bit weight."""
 
+import dataclasses
 import functools
 import itertools
 from collections import defaultdict
@@ -11,11 +12,13 @@ import jax
 from flax import nnx
 
 from qjax.core.qtensor import QTensor
+from qjax.nn.linen_box import is_quant_box
 from qjax.nn.nnx_param import QuantParam
 from qjax.ops import trace
-from qjax.swap.leaves import flatten_weights
+from qjax.swap.leaves import flatten_weights, path_string
 from qjax.swap.linen_apply import apply
 
+_WHOLE = "decode: whole weight"
 _run = itertools.count()
 
 
@@ -41,6 +44,7 @@ def trace_tree(tree: Any, *args: Any, **kwargs: Any) -> dict[str, tuple[str, ...
         has_collections = isinstance(tree, Mapping) and "params" in tree
         variables = tree if has_collections else {"params": tree}
         call = functools.partial(apply, module)
+        variables = {**variables, "params": _with_paths(variables["params"])}
         uses = _trace(call, variables, args[1:], kwargs, strip="params/")
         return {f"params/{p}": use for p, use in uses.items()} if has_collections else uses
     if not callable(module):
@@ -49,6 +53,15 @@ def trace_tree(tree: Any, *args: Any, **kwargs: Any) -> dict[str, tuple[str, ...
             f"function of the tree; got {type(module).__name__}"
         )
     return _trace(module, tree, args[1:], kwargs)
+
+
+def _with_paths(params: Any) -> Any:
+    """Tell each 4-bit leaf its path, for those that no known layer reads."""
+
+    def tell(path, leaf):
+        return dataclasses.replace(leaf, path=path_string(path)) if is_quant_box(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(tell, params, is_leaf=is_quant_box)
 
 
 def _trace(call, state: Any, args, kwargs, strip: str = "") -> dict[str, tuple[str, ...]]:
@@ -70,4 +83,7 @@ def _trace(call, state: Any, args, kwargs, strip: str = "") -> dict[str, tuple[s
         use = f"{op}: {detail}"
         if use not in uses[path]:
             uses[path].append(use)
+    for found in uses.values():
+        if _WHOLE in found and any(use.startswith("decode") for use in found if use != _WHOLE):
+            found.remove(_WHOLE)  # the other one says why
     return {path: tuple(found) for path, found in uses.items() if path is not None}

@@ -253,7 +253,7 @@ def test_init_under_scan_stacks_the_packed_kernels(key):
         expected = expected @ w + params["up"]["bias"][layer][None]
     assert_close(y, expected)
     wrong = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
-    with pytest.raises(NotImplementedError, match="along axis 0, got axis 1"):
+    with pytest.raises(ValueError, match="was stacked along axis 0, and is scanned along 1"):
         wrong().apply({"params": params}, x, None)
 
 

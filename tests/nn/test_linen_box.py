@@ -109,10 +109,11 @@ def test_names_follow_the_axes(w):
         stacked.remove_axis(0, {})
 
 
-def test_only_axis_0_is_stacked(box):
-    for method in (box.add_axis, box.remove_axis):
-        with pytest.raises(NotImplementedError, match="along axis 0, got axis 1"):
-            method(1, {})
+def test_a_box_is_scanned_along_the_axis_of_its_stack(box):
+    with pytest.raises(NotImplementedError, match="along axis 0, got axis 1"):
+        box.add_axis(1, {})
+    with pytest.raises(ValueError, match="was stacked along axis 0, and is scanned along 1"):
+        box.remove_axis(1, {})
 
 
 def test_partition_specs_follow_the_layout(rng):

@@ -10,7 +10,7 @@ from flax import nnx
 
 import qjax
 from qjax.nn.lora import LoraConfig
-from qjax.nnx import QuantEinsum, QuantEmbed, QuantLinear, QuantLinearGeneral, QuantParam
+from qjax.nnx import QuantConv, QuantEinsum, QuantEmbed, QuantLinear, QuantLinearGeneral, QuantParam
 
 F32 = qjax.QuantConfig(block_size=32, compute_dtype=jnp.float32)
 BF16 = qjax.QuantConfig(block_size=32)
@@ -64,6 +64,14 @@ CASES = {
         (5, 64),
         "td,ndh->nth",
         "dr,rnh->ndh",
+    ),
+    "conv": Case(
+        QuantConv,
+        (64, 8, (1, 1)),
+        {},
+        (2, 3, 4, 64),
+        "bhwk,ijkn->bhwn",
+        "ijkr,rn->ijkn",
     ),
     "einsum_experts": Case(
         QuantEinsum,

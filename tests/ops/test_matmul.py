@@ -80,6 +80,8 @@ def test_matmul_with_batch_axes_and_no_rows(rng):
     x = jnp.asarray(rng.standard_normal((3, 2, 4, 64)), jnp.float32)
     expected = np.einsum("ebtk,ekn->ebtn", np.float64(x), np.float64(q.dequantize()))
     close(qjax.matmul(x, q), expected)
+    one = np.einsum("btk,ekn->bent", np.float64(x[0]), np.float64(q.dequantize()))
+    close(qjax.einsum("btk,ekn->bent", x[0], q), one)  # one x for all slices
     assert qjax.matmul(jnp.zeros((3, 0, 64)), q).shape == (3, 0, 5)
 
 

@@ -48,12 +48,10 @@ def axes_of(tree):
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("cls, prefixes", [(Loop, ["layer_0", "layer_1"]), (Scanned, ["layers"])])
 def test_axes_are_the_same_guessed_and_traced(cls, prefixes, use_bias):
-    # The gates here have 128 outputs, as few as a router's: they are asked for by name.
-    cfg = qjax.QuantConfig(block_size=32, double_quant=False, include="layer")
     model, params, ids = make(cls, use_bias=use_bias, abstract=True)
     expected = expected_axes(prefixes, int(cls is Scanned))
-    guessed = qjax.quantize_params(params, cfg)
-    traced = qjax.quantize_params(params, cfg, module=model, example_args=(ids,))
+    guessed = qjax.quantize_params(params, CFG)
+    traced = qjax.quantize_params(params, CFG, module=model, example_args=(ids,))
     assert axes_of(guessed) == axes_of(traced) == expected
     assert jax.tree.structure(guessed) == jax.tree.structure(traced)
 
@@ -61,13 +59,22 @@ def test_axes_are_the_same_guessed_and_traced(cls, prefixes, use_bias):
 def test_defaults_keep_embeddings_head_norms_and_routers():
     _, params, _ = make(Loop, abstract=True)
     quantized = qjax.quantize_params(params, CFG)
-    assert set(boxes(quantized)) == {
-        path
-        for path in expected_axes(["layer_0", "layer_1"], 0)
-        if "gate" not in path  # few outputs: could be a router
-    }
+    assert set(boxes(quantized)) == set(expected_axes(["layer_0", "layer_1"], 0))
     for name in ("embed", "lm_head", "norm"):
         assert quantized[name] == params[name]
+
+
+def test_a_gate_with_few_outputs_routes_unless_a_layer_beside_it_has_its_shape():
+    def kernels(**widths):
+        return {
+            name: {"kernel": jax.ShapeDtypeStruct((64, width), jnp.float32)}
+            for name, width in widths.items()
+        }
+
+    params = {"mlp": kernels(gate=128, up=128), "moe": kernels(gate=8, up=128)}
+    assert set(boxes(qjax.quantize_params(params, CFG))) == {
+        *("mlp/gate/kernel", "mlp/up/kernel", "moe/up/kernel")
+    }
 
 
 def test_values_are_those_of_quantize():
@@ -181,18 +188,48 @@ def test_a_layer_that_the_trace_does_not_know_is_read_by_its_shape():
     assert max_error(y, expected) < 1e-5  # float32 products in another order
 
 
-def test_layers_stacked_along_another_axis_are_left_and_named():
-    class Inner(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(64, name="up")(x), None
+@pytest.mark.parametrize("axes", [(1,), (1, 0), (2, 1)])
+def test_layers_stacked_along_another_axis(axes):
+    model, x = Lifted(axes), jnp.ones((2, 48))
+    params = model.init(jax.random.key(0), x)["params"]
+    cfg = dataclasses.replace(CFG, compute_dtype=jnp.float32)
+    quantized = qjax.quantize_params(params, cfg, module=model, example_args=(x,))
+    (box,) = boxes(quantized).values()
+    assert (box.q.batch_shape, box.q.slice_shape) == ((3,) * len(axes), (48, 48))
+    assert box.names == (*("layers_2", "layers_1")[-len(axes) :], "in", "out")
+    floats = dequantize_params(quantized)
+    assert jax.tree.map(jnp.shape, floats) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.structure(floats) == jax.tree.structure(params)  # names, too
+    # NF4 of normal numbers; were a slice another's, the error would be as large as the numbers.
+    error = jax.tree.map(lambda a, b: jnp.abs(a - b).mean() / jnp.abs(b).mean(), floats, params)
+    assert max(jax.tree.leaves(error)) < 0.15
+    expected = model.apply({"params": floats}, x)
+    for y in (
+        qjax.apply(model, {"params": quantized}, x),
+        model.apply({"params": quantized}, x),
+        jax.jit(model.apply)({"params": quantized}, x),
+    ):
+        assert max_error(y, expected) < 1e-5  # float32 products in another order
 
-    model = nn.scan(Inner, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)()
-    x = jnp.ones((2, 64))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    with pytest.warns(UserWarning, match="up/kernel: it is stacked along axis 1.*axis 0"):
-        left = qjax.quantize_params(shapes, CFG, module=model, example_args=(x,))
-    assert not boxes(left)
+
+class Lifted(nn.Module):
+    """A layer in scans, each along its own axis."""
+
+    axes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.axes:
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+            return nn.Dense(48, use_bias=False, kernel_init=init, name="up")(x)
+        scan = nn.scan(
+            lambda module, x, _: (module(x), None),
+            variable_axes={"params": self.axes[0]},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: f"layers_{len(self.axes)}"},
+        )
+        return scan(Lifted(self.axes[1:], name="inner"), x, None)[0]
 
 
 @pytest.mark.parametrize(
