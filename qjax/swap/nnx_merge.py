@@ -69,4 +69,4 @@ def _decoded(variable: nnx.Variable, dtype: Any) -> jax.Array:
 
 def _param(w: Any, old: nnx.Variable) -> nnx.Param:
     """Return a float weight with the metadata of `old`; a named sharding asks for no mesh here."""
-    return nnx.Param(w, eager_sharding=False, **quant_metadata(old))
+    return nnx.Param(w, **quant_metadata(old))
