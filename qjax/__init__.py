@@ -39,10 +39,12 @@ from qjax.swap.nnx_adapters import delete_adapter as delete_adapter
 from qjax.swap.nnx_adapters import disable_adapter as disable_adapter
 from qjax.swap.nnx_adapters import set_adapter as set_adapter
 from qjax.swap.nnx_lora import add_lora as add_lora
+from qjax.swap.offload import offload as offload
 from qjax.swap.qat import fake_quantize_params as fake_quantize_params
 from qjax.swap.qat import fake_quantized as fake_quantized
 from qjax.swap.report import memory_footprint as memory_footprint
 from qjax.swap.report import report as report
+from qjax.swap.shardings import shardings as shardings
 from qjax.train import combine as combine
 from qjax.train import lora_mask as lora_mask
 from qjax.train import lora_optimizer as lora_optimizer

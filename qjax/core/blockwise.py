@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import quantize as quantize_rows
 from pallas_kernels.packing import pack
@@ -17,7 +19,9 @@ from qjax.core.config import QuantConfig
 from qjax.core.double_quant import quantize_scales
 from qjax.core.encode import encode_rows
 from qjax.core.formats import format_of
-from qjax.core.qtensor import QTensor, layout_for
+from qjax.core.placement import on_mesh, place, sharding_of, weight_shardings
+from qjax.core.qtensor import QTensor, array_shapes, layout_for
+from qjax.core.scales import map_scales, scales_class
 
 DEFAULT = QuantConfig()
 
@@ -33,8 +37,11 @@ def quantize(
 ) -> QTensor:
     """Quantize a weight in blocks along its contract axes.
 
+    On a mesh the codes and scales are sharded as w is; the second level of double quantization is
+    on every device.
+
     Args:
-        w: floating array; a Flax kernel is [in, out].
+        w: floating array, or a `jax.ShapeDtypeStruct`; a Flax kernel is [in, out].
         cfg: format, block size and double quantization; its patterns are not used here.
         contract_axes: axes, counted in one slice, that a matmul sums over: blocks run along them.
         check_finite: refuse NaN and inf where they can be seen, that is outside `jit`.
@@ -45,8 +52,8 @@ def quantize(
         A `QTensor` of w's shape and dtype.
 
     Raises:
-        ValueError: axes out of range, an empty weight, NaN or inf, or blocks that do not tile K in
-            a format that is not in scales of float32.
+        ValueError: axes out of range, an empty weight, NaN or inf, a shard of w that would split
+            a block, or blocks that do not tile K in a format that is not in scales of float32.
         TypeError: w is not a floating array.
 
     Example:
@@ -63,7 +70,24 @@ def quantize(
     axes = _contract_axes(contract_axes, w.ndim - batch_ndim, name)
     if w.size == 0:
         raise ValueError(f"{name} must not be empty, got shape {w.shape}")
-    dtype = jnp.dtype(w.dtype)
+    statics = _statics(w, cfg, axes, batch_ndim, name)
+    options = cfg.format, statics[3], cfg.double_quant, axes, batch_ndim
+    sharding, placed = sharding_of(w), None
+    if sharding is not None:
+        placed = weight_shardings(_abstract(w, cfg, statics, batch_ndim), sharding, name)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        bare = jax.ShapeDtypeStruct(w.shape, w.dtype)
+        packed, scales, _ = jax.eval_shape(lambda w: _quantize(w, *options), bare)
+        q = QTensor(packed, scales, *statics)
+        return q if placed is None else place(q, placed)
+    packed, scales, finite = _quantize(w, *options, placed)
+    if check_finite and is_concrete(finite) and not finite:
+        raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
+    return QTensor(packed, scales, *statics)
+
+
+def _statics(w, cfg, axes, batch_ndim, name) -> tuple:
+    """Return the static fields of the QTensor."""
     slice_shape = tuple(w.shape[batch_ndim:])
     k = math.prod(slice_shape[i] for i in axes)
     block_size = cfg.block_size or k
@@ -73,12 +97,17 @@ def quantize(
             f"{name}: block_size={block_size} of {cfg.format!r} must divide K={k}; exclude it, or "
             "give it another format by overrides"
         )
-    arrays = _quantize(w, cfg.format, block_size, cfg.double_quant, axes, batch_ndim)
-    packed, scales, finite = arrays
-    if check_finite and is_concrete(finite) and not finite:
-        raise ValueError(f"{name} holds NaN or inf; check_finite=False quantizes it all the same")
-    statics = slice_shape, dtype, cfg.format, block_size, axes, layout, cfg.int8_threshold
-    return QTensor(packed, scales, *statics)
+    dtype = jnp.dtype(w.dtype)
+    return slice_shape, dtype, cfg.format, block_size, axes, layout, cfg.int8_threshold
+
+
+def _abstract(w, cfg, statics, batch_ndim) -> QTensor:
+    """Return a QTensor that knows its batch axes and which arrays it has."""
+    absent: Any = None
+    cls = scales_class(format_of(cfg.format), cfg.double_quant)
+    q = QTensor(absent, map_scales(cls, absent, absent, absent), *statics)
+    shape = (*w.shape[:batch_ndim], *array_shapes(q)[0])
+    return dataclasses.replace(q, packed=jax.ShapeDtypeStruct(shape, q.kind.code_dtype))
 
 
 def quantize_like(w: jax.Array, q: QTensor, name: str = "w") -> QTensor:
@@ -98,36 +127,47 @@ def _contract_axes(axes, ndim: int, name: str) -> tuple[int, ...]:
     return normal
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _quantize(w, format, block_size, double_quant, contract_axes, batch_ndim):
-    def one(w):
-        return _quantize_slice(w, format, block_size, double_quant, contract_axes)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _quantize(w, format, block_size, double_quant, contract_axes, batch_ndim, placed=None):
+    def first_level(w):
+        one = functools.partial(_quantize_slice, format, block_size, contract_axes)
+        packed, scales, finite = _map_slices(one, batch_ndim, w)
+        return packed, scales, finite.all()
 
+    if placed is None:
+        packed, scales, finite = first_level(w)
+    else:
+        # The whole of the scales on every device: a mean that is summed in parts differs in its
+        # last bits, and the codes of double quantization with it.
+        everywhere = NamedSharding(placed.packed.mesh, PartitionSpec())
+        whole = jax.tree.map(lambda _: everywhere, placed.packed if double_quant else placed.scales)
+        packed, scales, finite = on_mesh(first_level, (placed.packed, whole, everywhere), w)
+    if double_quant:
+        scales = _map_slices(quantize_scales, batch_ndim, scales)
+    return packed, scales if placed is None else place(scales, placed.scales), finite
+
+
+def _map_slices(function, batch_ndim: int, a):
+    """Apply a function to each slice of [*batch, *slice]: its temporaries are those of one."""
     if batch_ndim == 0:
-        return one(w)
-    batch = w.shape[:batch_ndim]
-    # lax.map, not vmap: the temporaries are those of one slice.
-    packed, scales, finite = jax.lax.map(one, w.reshape(-1, *w.shape[batch_ndim:]))
-    packed, scales = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), (packed, scales))
-    return packed, scales, finite.all()
+        return function(a)
+    batch = a.shape[:batch_ndim]
+    results = jax.lax.map(function, a.reshape(-1, *a.shape[batch_ndim:]))
+    return jax.tree.map(lambda r: r.reshape(*batch, *r.shape[1:]), results)
 
 
-def _quantize_slice(w, format, block_size, double_quant, contract_axes):
+def _quantize_slice(format, block_size, contract_axes, w):
     out_axes = [i for i in range(w.ndim) if i not in contract_axes]
     k = math.prod(w.shape[i] for i in contract_axes)
     rows = jnp.transpose(w, (*out_axes, *contract_axes)).reshape(-1, k)
     if layout_for(k, block_size) == "flat":
         packed, absmax = _quantize_line(rows.reshape(-1), codebook(format), block_size)
-        return packed, quantize_scales(absmax) if double_quant else absmax, _finite(absmax)
+        return packed, absmax, jnp.isfinite(absmax).all()
     packed, scales, finite = encode_rows(rows, format_of(format), block_size)
     out_shape = [w.shape[i] for i in out_axes]
     shaped = lambda a: a.reshape(*out_shape, -1) if a.ndim else a  # noqa: E731
     packed, scales = jax.tree.map(shaped, (packed, scales))
-    return packed, quantize_scales(scales) if double_quant else scales, finite
-
-
-def _finite(absmax):
-    return jnp.isfinite(absmax).all()
+    return packed, scales, finite
 
 
 def _quantize_line(line, table: np.ndarray, block_size: int):

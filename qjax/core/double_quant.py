@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lookup import lookup
-from pallas_kernels.scales import SECOND_LEVEL_BLOCK, DoubleQuantScales, add_rounded
+from pallas_kernels.scales import SECOND_LEVEL_BLOCK, DoubleQuantScales, add_rounded, decode_scales
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +94,17 @@ def kernel_form(scales: DoubleQuant, batch_ndim: int = 0) -> DoubleQuantScales:
     codes = scales.codes
     codes = codes.reshape(*codes.shape[:batch_ndim], -1, codes.shape[-1])
     return DoubleQuantScales(codes, scales.absmax, scales.offset, jnp.asarray(dynamic_table()))
+
+
+def single_level(scales: DoubleQuant) -> jax.Array:
+    """Return the float32 scales that a DoubleQuant stands for, of the shape of its codes."""
+
+    def one(scales):
+        return decode_scales(kernel_form(scales)).reshape(scales.codes.shape)
+
+    for _ in scales.offset.shape:
+        one = jax.vmap(one)
+    return one(scales)
 
 
 def take_scales(scales: DoubleQuant, rows: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ so that scan, vmap, stacking and indexing of the leaves keep every shape true.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -32,6 +33,7 @@ from qjax.core.concrete import is_concrete
 from qjax.core.config import QuantConfig
 from qjax.core.double_quant import DoubleQuant
 from qjax.core.formats import Format, format_of
+from qjax.core.placement import explicit_mesh, on_device, on_mesh, weight_sharding
 from qjax.core.scales import (
     AffineScales,
     Scales,
@@ -139,6 +141,11 @@ class QTensor:
         return 8 * self.nbytes / self.size
 
     @property
+    def sharding(self) -> jax.sharding.NamedSharding | None:
+        """The mesh sharding of the float array that this stands for; None if there is none."""
+        return weight_sharding(self)
+
+    @property
     def codebook(self) -> np.ndarray:
         """The format's float32 [16] table."""
         return codebook(self.format)
@@ -154,12 +161,12 @@ class QTensor:
             (64, 2)
         """
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
-        if _meets_subnormals(self):
-            return jnp.asarray(_decode_ieee(self, dtype))
-        decode = _decode_slice
-        for _ in self.batch_shape:
-            decode = jax.vmap(decode, in_axes=(0, None))
-        return decode(self, dtype)
+        q = on_device(self)
+        if _meets_subnormals(q):
+            return jax.device_put(_decode_ieee(q, dtype), q.sharding)
+        if explicit_mesh(q.packed) is not None:
+            return on_mesh(functools.partial(_decode, dtype=dtype), q.sharding, q)
+        return _decode(q, dtype)
 
     def check(self, name: str = "QTensor") -> None:
         """Raise ValueError, naming `name`, unless the arrays fit the static description."""
@@ -172,6 +179,13 @@ class QTensor:
             return f"QTensor({label}, slice {self.slice_shape}, packed={self.packed!r})"
         size = f"{self.nbytes / 1e6:.3g} MB, {self.bits_per_param:.3f} bits/param"
         return f"QTensor({list(self.shape)} {jnp.dtype(self.dtype).name}, {label}, {size})"
+
+
+def _decode(q: QTensor, dtype) -> jax.Array:
+    decode = _decode_slice
+    for _ in q.batch_shape:
+        decode = jax.vmap(decode, in_axes=(0, None))
+    return decode(q, dtype)
 
 
 def _decode_slice(q: QTensor, dtype) -> jax.Array:
@@ -208,7 +222,9 @@ def _decode_flat(q: QTensor, dtype) -> jax.Array:
 
 
 def _meets_subnormals(q: QTensor) -> bool:
-    if not isinstance(q.scales, jax.Array) or q.kind.bits == 8 or not is_concrete(q.scales):
+    if not isinstance(q.scales, jax.Array) or q.kind.bits == 8:
+        return False
+    if not (is_concrete(q.scales) and is_concrete(q.packed)):
         return False
     # A weight may be concrete inside a trace: closed over by the body of a scan.
     with jax.ensure_compile_time_eval():

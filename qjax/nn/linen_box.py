@@ -7,6 +7,7 @@ qjax's own layers, and all layers inside `qjax.apply`, take the box and decode i
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.serialization
@@ -20,10 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.core.blockwise import quantize, quantize_like
 from qjax.core.config import QuantConfig
+from qjax.core.placement import adapter_specs, like, place, weight_shardings, weight_specs
 from qjax.core.qtensor import QTensor
-from qjax.core.scales import map_scales, scales_class
 from qjax.nn.lora import ADAPTER_LEAVES, LoraConfig, init_adapter
-from qjax.nn.stack_axes import from_front, items_to_front, to_front
+from qjax.nn.stack_axes import from_front, items_from_front, items_to_front, to_front
 from qjax.ops import trace
 from qjax.ops.dora import column_norms, dora_weight
 from qjax.ops.lora import lora_weight
@@ -38,6 +39,7 @@ from qjax.ops.lora_init import loftq, pissa
         "dropout",
         "names",
         "compute_dtype",
+        "float_box",
         "stack_axes",
         "lead",
         "path",
@@ -60,6 +62,7 @@ class QuantBox(meta.AxisMetadata):
         dropout: probability of dropping an element of the adapter's input.
         names: of q's axes, as `nn.Partitioned` has those of the kernel, or None.
         compute_dtype: that layers without a `dtype` of their own multiply in; None: as Flax would.
+        float_box: class and other fields of the box that the names are from.
         stack_axes: where the float kernel has the axes of stacked layers, which q has in front, if
             not in front: see `qjax/nn/stack_axes.py`.
         lead: number of axes of size 1 in front of every array, while a scan goes over axis `lead`.
@@ -74,6 +77,7 @@ class QuantBox(meta.AxisMetadata):
     dropout: float = 0.0
     names: tuple[Any, ...] | None = None
     compute_dtype: Any = None
+    float_box: tuple[type[meta.Partitioned], tuple[tuple[str, Any], ...]] = (meta.Partitioned, ())
     stack_axes: tuple[int, ...] = ()
     lead: int = 0
     path: str | None = None
@@ -83,17 +87,31 @@ class QuantBox(meta.AxisMetadata):
         """A and B, if there are any."""
         return None if self.lora_a is None or self.lora_b is None else (self.lora_a, self.lora_b)
 
-    def unbox(self) -> jax.Array:
+    def unbox(self, apply_constraint: bool = True) -> jax.Array:
         """Return the kernel in its logical dtype, adapter included.
+
+        Args:
+            apply_constraint: constrain its sharding as the float kernel's box does.
 
         Raises:
             ValueError: the adapter has dropout, which only `qjax.apply` can do.
         """
         if self.lead:
-            return self.without_lead().unbox()
+            return self.without_lead().unbox(apply_constraint)
         if self.path is not None:
             with trace.leaf(self.path):
                 trace.record("decode", "whole weight")
+        w = self.boxed(self._decoded())
+        return w.unbox(apply_constraint) if isinstance(w, meta.Partitioned) else w
+
+    def boxed(self, w: Any) -> Any:
+        """Return a float kernel in the box that it had, if any."""
+        if self.names is None:
+            return w
+        cls, fields = self.float_box
+        return cls(w, items_from_front(self.names, self.stack_axes), **dict(fields))
+
+    def _decoded(self) -> jax.Array:
         if self.adapter is None:
             w = jax.lax.stop_gradient(self.q.dequantize())
             return from_front(w, self.stack_axes)
@@ -111,7 +129,7 @@ class QuantBox(meta.AxisMetadata):
         if self.adapter is not None and self.lora_magnitude is not None:
             w = dora_weight(w, *self.adapter, self.lora_magnitude, self.scaling, *where)
         elif self.adapter is not None:
-            w = w + self.scaling * lora_weight(*self.adapter, *where)
+            w = w + like(self.scaling * lora_weight(*self.adapter, *where), w)
         return from_front(w.astype(dtype), self.stack_axes)
 
     def without_lead(self) -> "QuantBox":
@@ -180,28 +198,43 @@ class QuantBox(meta.AxisMetadata):
         flat layout, whose blocks straddle rows, only batch axes are split. The second level of
         double quantization is whole in every batch slice.
         """
-        q = self.q
-        spec: Any = PartitionSpec  # where a box has arrays
-        names = (*(self.names or ()), *[None] * q.ndim)[: q.ndim]
-        batch, rest = names[: len(q.batch_shape)], names[len(q.batch_shape) :]
-        contract, out = [rest[i] for i in q.contract_axes], [rest[i] for i in q.out_axes]
-        codes = spec(*batch, *out, contract[0]) if q.layout == "rows" else spec(*batch, None)
-        cls = scales_class(q.kind, q.double_quant)
-        scales = map_scales(cls, codes, spec(*batch, None), spec(*batch))
-        adapter = self.lora_a is not None
-        return dataclasses.replace(
-            self,
-            q=dataclasses.replace(q, packed=codes, scales=scales),
-            lora_a=spec(*batch, *contract, None) if adapter else None,
-            lora_b=spec(*batch, None, *out) if adapter else None,
-            lora_magnitude=None if self.lora_magnitude is None else spec(*batch, *out),
-        )
+        return self._map_arrays(weight_specs(self.q, self.names), self._adapter_specs(self.names))
 
     def get_sharding(self, mesh: jax.sharding.Mesh) -> "QuantBox":
-        """Return a box that holds a NamedSharding for each array."""
-        specs = self.get_partition_spec()
-        is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+        """Return a box that holds a NamedSharding for each array.
+
+        Raises:
+            ValueError: a shard would split a block.
+        """
+        return self.shardings(NamedSharding(mesh, PartitionSpec(*(self.names or ()))), "a kernel")
+
+    def shardings(self, sharding: NamedSharding, name: str) -> "QuantBox":
+        """Return a box of NamedShardings, from that of the float kernel.
+
+        Raises:
+            ValueError: a shard would split a block; the kernel is called `name`.
+        """
+        adapter = [NamedSharding(sharding.mesh, s) for s in self._adapter_specs(sharding.spec)]
+        if self.q.packed is None:  # the half of a partitioned tree that has the adapters
+            return self._map_arrays(self.q, adapter)
+        return self._map_arrays(weight_shardings(self.q, sharding, name), adapter)
+
+    def placed(self, sharding: NamedSharding | None, name: str) -> "QuantBox":
+        """Return the box with its arrays sharded as the float kernel would be."""
+        return self if sharding is None else place(self, self.shardings(sharding, name))
+
+    def _adapter_specs(self, spec: Any) -> tuple[PartitionSpec, ...]:
+        # The batch axes from A itself: the half of a tree that has it does not have q.
+        axes = self.q.contract_axes
+        batch_ndim = 0 if self.lora_a is None else self.lora_a.ndim - len(axes) - 1
+        a, b = adapter_specs(spec, batch_ndim + len(self.q.slice_shape), batch_ndim, axes)
+        return a, b, PartitionSpec(*b[:batch_ndim], *b[batch_ndim + 1 :])
+
+    def _map_arrays(self, q: QTensor, adapter: Sequence[Any]) -> "QuantBox":
+        """Return a box of other things than arrays, with an adapter where this one has one."""
+        a, b, magnitude = adapter if self.adapter is not None else (None, None, None)
+        magnitude = None if self.lora_magnitude is None else magnitude
+        return dataclasses.replace(self, q=q, lora_a=a, lora_b=b, lora_magnitude=magnitude)
 
 
 def box_kernel(
@@ -225,14 +258,23 @@ def box_kernel(
         check_finite: refuse NaN and inf where they can be seen.
         stack_axes: where w has the axes of stacked layers, if not in front.
     """
-    names = None
+    names, float_box = None, QuantBox.float_box
     stack_axes = stack_axes if any(stack_axes) else ()
     if isinstance(w, meta.Partitioned):
-        w, names = w.value, items_to_front(w.names, stack_axes)
+        names, float_box = items_to_front(w.names, stack_axes), (type(w), _box_fields(w))
+        w = w.value
     w = jnp.asarray(w) if isinstance(w, np.ndarray) else w
     w = to_front(w, stack_axes) if stack_axes else w
     q = quantize(w, cfg, contract_axes, check_finite, batch_ndim=batch_ndim, name=name)
-    return QuantBox(q, names=names, compute_dtype=cfg.compute_dtype, stack_axes=stack_axes)
+    box = QuantBox(q, names=names, compute_dtype=cfg.compute_dtype, float_box=float_box)
+    return dataclasses.replace(box, stack_axes=stack_axes)
+
+
+def _box_fields(box: meta.Partitioned) -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a float kernel's box beside value and names: mesh, logical rules."""
+    fields = {f.name: getattr(box, f.name) for f in dataclasses.fields(box)}
+    given = {k: v for k, v in fields.items() if k not in ("value", "names") and v is not None}
+    return tuple((k, tuple(map(tuple, v)) if k == "rules" else v) for k, v in given.items())
 
 
 def with_adapter(
@@ -264,7 +306,7 @@ def with_adapter(
         a, b = init_adapter(key, q.contract_shape, q.out_shape, cfg, q.batch_shape)
     dropout = 0.0 if is_table else cfg.dropout
     box = dataclasses.replace(box, lora_a=a, lora_b=b, scaling=cfg.scaling, dropout=dropout)
-    return _with_magnitude(box) if cfg.dora else box
+    return (_with_magnitude(box) if cfg.dora else box).placed(q.sharding, name)
 
 
 def _with_magnitude(box: QuantBox) -> QuantBox:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import errors
 from flax.core import meta
 
+from qjax.core.placement import like
 from qjax.nn.linen_box import QuantBox
 from qjax.ops import trace
 from qjax.ops.dora import dora_output, spread
@@ -214,7 +215,7 @@ def _embed(module: nn.Embed, box: QuantBox, inputs: jax.Array) -> jax.Array:
     y = take(box.q, inputs, dtype=dtype)
     if box.adapter is None:
         return y
-    return y + box.scaling * lora_take(inputs, *box.adapter, dtype)
+    return y + like(box.scaling * lora_take(inputs, *box.adapter, dtype), y)
 
 
 def _attend(module: nn.Embed, box: QuantBox, query: jax.Array) -> jax.Array:
@@ -274,7 +275,7 @@ def multiply(
         update = lora_matmul(dropped, *box.adapter, batch_ndim)
     update = box.scaling * update
     if box.lora_magnitude is None:
-        return y + update.astype(dtype)
+        return y + like(update, y).astype(dtype)
     again = None if dropped is x else _base(dropped, box, equation)
     factor = _spread(box.lora_magnitude / box.norms(), box, equation, x.ndim, y.ndim)
     return dora_output(y, again, update, factor, None).astype(dtype)
@@ -309,4 +310,4 @@ def drop(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     if deterministic or not rate:
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), np.array(0, x.dtype))
+    return jnp.where(like(keep, x), x / (1 - rate), np.array(0, x.dtype))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax.core.config import QuantConfig
+from qjax.core.placement import like
 from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_layer import DEFAULT, LoraLayer, QuantLayer, finish
@@ -37,7 +38,7 @@ class LoraEmbed(LoraLayer, nnx.Embed):
             inputs = jnp.zeros_like(inputs)
         dtype = self._adapter_dtype(y)
         delta = lora_take(inputs, self.lora_a[...], self.lora_b[...], dtype)
-        return y + (delta * self.lora_config.scaling).astype(y.dtype)
+        return y + like(delta * self.lora_config.scaling, y).astype(y.dtype)
 
     def put_adapter(self, config: LoraConfig, *args: Any, **kwargs: Any) -> None:
         """See `LoraLayer`.

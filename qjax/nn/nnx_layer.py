@@ -12,15 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
+from qjax.core.placement import adapter_specs, like, place, weight_shardings
 from qjax.core.qslice import QSlice, taken
 from qjax.core.qtensor import QTensor
 from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig, init_adapter
 from qjax.nn.nnx_adapter import ADAPTER_ATTRIBUTES
-from qjax.nn.nnx_param import QuantParam, quant_metadata
+from qjax.nn.nnx_param import NOT_EAGER, SHARDING, QuantParam, quant_metadata, variable_sharding
 from qjax.ops import trace
 from qjax.ops.dora import column_norms, dora_output, dora_weight
 from qjax.ops.lora import block_diagonal, lora_weight
@@ -91,7 +93,8 @@ class LoraLayer(nnx.Module):
         """
         self.drop_adapter()
         self.lora_config = config
-        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        weight = getattr(self, self.weight_name)
+        self.lora_a, self.lora_b = _adapter_params(weight, self.weight_axes(), (a, b))
         if config.dora:
             magnitude = self._norms() if magnitude is None else magnitude
             self.lora_magnitude = nnx.LoRAParam(magnitude)
@@ -122,7 +125,7 @@ class LoraLayer(nnx.Module):
         if self.lora_magnitude is not None:
             magnitude = self.lora_magnitude[...]
             return dora_weight(w, *self._factors(), magnitude, scaling, *where).astype(dtype)
-        return (w + scaling * lora_weight(*self._factors(), *where)).astype(dtype)
+        return (w + like(scaling * lora_weight(*self._factors(), *where), w)).astype(dtype)
 
     def _factors(self) -> tuple[jax.Array, jax.Array]:
         """Return A and B, whose product is the whole update."""
@@ -168,7 +171,7 @@ class LoraLayer(nnx.Module):
         b = self.lora_b[...] * self.lora_config.scaling
         delta = product(dropped.astype(self._adapter_dtype(y)), self.lora_a[...], b)
         if self.lora_magnitude is None:
-            return y + delta.astype(y.dtype)
+            return y + like(delta, y).astype(y.dtype)
         again = None if dropped is x else base(dropped)
         factor = spread(self.lora_magnitude[...] / self._norms())
         bias = None if self.bias is None else (spread_bias or spread)(self.bias[...])
@@ -276,11 +279,28 @@ def quantize_weight(
     """
     w = variable.get_raw_value()
     batch_ndim = stacked_ndim(tuple(w.shape), axes, name) + axes.batch_ndim
-    quantized = functools.partial(
-        quantize, cfg=config, contract_axes=axes.contract_axes, batch_ndim=batch_ndim, name=name
-    )
-    q = jax.eval_shape(quantized, w) if isinstance(w, jax.ShapeDtypeStruct) else quantized(w)
+    q = quantize(w, config, axes.contract_axes, batch_ndim=batch_ndim, name=name)
+    sharding = variable_sharding(variable)
+    if sharding is not None:
+        q = place(q, weight_shardings(q, sharding, name))
     return QuantParam(q, **quant_metadata(variable))
+
+
+def _adapter_params(weight: nnx.Variable, axes: WeightAxes, arrays: Any) -> list[nnx.LoRAParam]:
+    """Return A and B as parameters that are sharded as the weight is."""
+    ndim, metadata = len(weight.shape), weight.get_metadata()
+    axes_of = ndim, ndim - len(axes.shape) + axes.batch_ndim, axes.contract_axes
+    sharding = variable_sharding(weight)
+    if sharding is not None:
+        specs = adapter_specs(sharding.spec, *axes_of)
+        arrays = place(tuple(arrays), tuple(NamedSharding(sharding.mesh, s) for s in specs))
+    if not metadata.get("out_sharding"):
+        return [nnx.LoRAParam(a) for a in arrays]
+    kept = {key: metadata[key] for key in SHARDING if key in metadata} | NOT_EAGER
+    return [
+        nnx.LoRAParam(a, **{**kept, "out_sharding": tuple(spec)})
+        for a, spec in zip(arrays, adapter_specs(metadata["out_sharding"], *axes_of), strict=True)
+    ]
 
 
 def stacked_ndim(shape: tuple[int, ...], axes: WeightAxes, name: str) -> int:

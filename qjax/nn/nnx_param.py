@@ -6,16 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.spmd import get_var_pspec
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
+from qjax.core.placement import place, sharding_of, weight_shardings, weight_specs
 from qjax.core.qslice import taken
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
 from qjax.ops.take import take
 
 NOTE = "qjax_note"  # metadata: why quantize_model left a weight alone, or why it is decoded
-# Metadata that describes the float array's placement, not the weight.
-_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "out_sharding", "sharding_rules", "mesh", NOTE)
-_FLOAT_ONLY += ("compute_dtype",)  # of a QuantParam whose module has no such attribute
+# Metadata of the float variable alone, or (compute_dtype) of a QuantParam whose module has no such
+# attribute.
+_FLOAT_ONLY = ("hijax", "ref", "eager_sharding", "compute_dtype", NOTE)
+# Metadata that say how the float array is sharded, and Flax's own eager sharding switched off: it
+# would put that spec on every array of the weight.
+SHARDING = ("out_sharding", "sharding_rules", "mesh")
+NOT_EAGER = {"eager_sharding": False}
 _DECODED_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg")
 _DECODED_OPERATORS += ("matmul", "rmatmul")
 
@@ -27,6 +35,9 @@ class QuantParam(nnx.Variable):
     stacked layers it is a `QSlice`. Code that knows
     nothing of this, such as `layer.kernel[...]`, `x @ layer.kernel` or `jnp.dot(x, layer.kernel)`,
     gets the decoded array, of the logical dtype and with no gradient.
+
+    Its `out_sharding` is that of the float array. Flax's `nnx.get_partition_spec` and its like get
+    a spec for each array of the QTensor from it.
 
     Example:
         >>> kernel = QuantParam(qjax.quantize(jnp.ones((64, 2))))
@@ -66,7 +77,20 @@ class QuantParam(nnx.Variable):
                 "a QuantParam cannot be assigned to by index; quantize a float array with "
                 "qjax.quantize and use set_value"
             )
-        super().set_value(value)
+        super().set_value(self._per_array(value))
+
+    def replace(self, *value: Any, **metadata: Any) -> nnx.Variable:
+        """Return a variable of another value, such as a PartitionSpec, and other metadata."""
+        return super().replace(*map(self._per_array, value), **metadata)
+
+    def _per_array(self, value: Any) -> Any:
+        """Return what Flax says of the float array, said of each array of the QTensor."""
+        if isinstance(value, PartitionSpec):
+            return weight_specs(self.q, value)
+        if isinstance(value, jax.ShapeDtypeStruct) and value.sharding is not None:
+            name = self.get_metadata().get("path") or "a 4-bit weight"
+            return place(self.q, weight_shardings(self.q, value.sharding, name))
+        return value
 
     @property
     def value(self) -> jax.Array:
@@ -107,16 +131,25 @@ for _name in _DECODED_OPERATORS:
 
 
 def quant_metadata(variable: nnx.Variable) -> dict[str, Any]:
-    """Return what a QuantParam keeps of a float variable's metadata; its sharding, renamed."""
+    """Return what a QuantParam keeps of a float variable's metadata, or the other way round."""
     metadata = variable.get_metadata()
     kept = {k: v for k, v in metadata.items() if k not in _FLOAT_ONLY and not k.startswith("on_")}
-    if metadata.get("out_sharding") is not None:
-        kept["float_sharding"] = metadata["out_sharding"]
-    return kept
+    return {**kept, **NOT_EAGER} if kept.get("out_sharding") else kept
 
 
-def float_metadata(variable: nnx.Variable) -> dict[str, Any]:
-    """Undo `quant_metadata`."""
-    kept = {k: v for k, v in variable.get_metadata().items() if k not in _FLOAT_ONLY}
-    sharding = kept.pop("float_sharding", None)
-    return kept if sharding is None else {**kept, "out_sharding": sharding}
+def variable_sharding(variable: nnx.Variable) -> NamedSharding | None:
+    """Return the sharding of a float or 4-bit weight, as its float array has it.
+
+    Where a trace does not know it, on a mesh with automatic axes, the metadata say it.
+    """
+    value = variable.get_raw_value()
+    is_weight = isinstance(value, QTensor)
+    sharding = value.sharding if is_weight else sharding_of(value)
+    array = value.packed if is_weight else value
+    metadata = variable.get_metadata()
+    if sharding is not None or not metadata.get("out_sharding"):
+        return sharding
+    mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
+    if mesh.empty or not isinstance(array, Tracer):
+        return None
+    return NamedSharding(mesh, get_var_pspec(variable) or PartitionSpec())

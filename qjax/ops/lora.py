@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import target
+from qjax.ops.explicit import compiled, entries
 from qjax.ops.matmul import parse
 
 _FEW_ROWS = 32  # up to here a product with B takes the time of a kernel, not of its bytes
@@ -37,17 +38,21 @@ def lora_matmul(
     batch, rank = a.shape[:batch_ndim], a.shape[-1]
     lead, out = x.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
     rows = math.prod(lead)
-    # Products of 16-bit operands accumulate in float32; a float32 result would only be rounded.
-    hidden = jnp.matmul(
-        x.reshape(*batch, rows, x.shape[-1]),
-        a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
-    )
-    if not batch and rows <= _FEW_ROWS and target().is_cuda:
-        y = few_rows(hidden, b.reshape(b.shape[0], -1), sections)
-    else:
-        b = block_diagonal(b, sections)
-        y = jnp.matmul(hidden, b.reshape(*batch, rank, math.prod(out)).astype(x.dtype))
-    return y.reshape(*batch, *lead, *out)
+
+    def product(x, a, b):
+        # Products of 16-bit operands accumulate in float32; a float32 result would only be rounded.
+        hidden = jnp.matmul(
+            x.reshape(*batch, rows, x.shape[-1]),
+            a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
+        )
+        if not batch and rows <= _FEW_ROWS and target().is_cuda:
+            y = few_rows(hidden, b.reshape(b.shape[0], -1), sections)
+        else:
+            b = block_diagonal(b, sections)
+            y = jnp.matmul(hidden, b.reshape(*batch, -1, math.prod(out)).astype(x.dtype))
+        return y.reshape(*batch, *lead, *out)
+
+    return compiled(product, (*entries(x)[:-1], *entries(b)[batch_ndim + 1 :]), x, a, b)
 
 
 def block_diagonal(b: jax.Array, sections: tuple[int, ...] | None) -> jax.Array:
@@ -129,8 +134,14 @@ def lora_einsum(
         args = (x.astype(dtype), numbered[0], w.astype(dtype), numbered[1], numbered[2])
         return jnp.einsum(*args, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    hidden = product(x, x_axes, left, left_axes, hidden_axes)
-    return product(hidden, hidden_axes, right, right_axes, out_axes)
+    def both(x, left, right):
+        hidden = product(x, x_axes, left, left_axes, hidden_axes)
+        return product(hidden, hidden_axes, right, right_axes, out_axes)
+
+    sharded: dict[str, Any] = {}
+    for operand, axes in ((right, right_axes), (left, left_axes), (x, x_axes)):
+        sharded |= zip(axes, entries(operand), strict=True)
+    return compiled(both, [sharded[axis] for axis in out_axes], x, left, right)
 
 
 def lora_take(ids: jax.Array, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
@@ -142,9 +153,13 @@ def lora_take(ids: jax.Array, a: jax.Array, b: jax.Array, dtype: Any = jnp.float
         b: [rank, V].
         dtype: of the product and the result.
     """
-    columns = jnp.take(b, ids, axis=1).astype(dtype)  # [rank, *ids]
-    rows = jnp.tensordot(columns, a.astype(dtype), (0, 1), preferred_element_type=jnp.float32)
-    return rows.astype(dtype)
+
+    def product(ids, a, b):
+        columns = jnp.take(b, ids, axis=1).astype(dtype)  # [rank, *ids]
+        rows = jnp.tensordot(columns, a.astype(dtype), (0, 1), preferred_element_type=jnp.float32)
+        return rows.astype(dtype)
+
+    return compiled(product, (*entries(ids), entries(a)[0]), ids, a, b)
 
 
 def lora_weight(
@@ -153,9 +168,15 @@ def lora_weight(
     """Return A B as float32 of the weight's logical shape [*batch, *slice]."""
     batch, rank = a.shape[:batch_ndim], a.shape[-1]
     contract, out = a.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
-    a = a.reshape(*batch, math.prod(contract), rank).astype(jnp.float32)
-    b = b.reshape(*batch, rank, math.prod(out)).astype(jnp.float32)
-    product = jnp.matmul(a, b, precision="highest").reshape(*batch, *contract, *out)
     other = [i for i in range(len(contract) + len(out)) if i not in contract_axes]
     order = np.argsort([*contract_axes, *other]) + batch_ndim
-    return jnp.transpose(product, (*range(batch_ndim), *order))
+    order = (*range(batch_ndim), *order.tolist())
+
+    def product(a, b):
+        a = a.reshape(*batch, math.prod(contract), rank).astype(jnp.float32)
+        b = b.reshape(*batch, rank, math.prod(out)).astype(jnp.float32)
+        ordered = jnp.matmul(a, b, precision="highest").reshape(*batch, *contract, *out)
+        return jnp.transpose(ordered, order)
+
+    sharded = (*entries(a)[:-1], *entries(b)[batch_ndim + 1 :])
+    return compiled(product, [sharded[i] for i in order], a, b)

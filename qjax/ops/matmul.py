@@ -11,14 +11,16 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from qjax.core.double_quant import DoubleQuant, dynamic_table
+from qjax.core.placement import explicit_mesh, on_device, place, sharding_of
 from qjax.core.qslice import QSlice, taken
 from qjax.core.qtensor import QTensor
 from qjax.core.scales import AffineScales, float_scales, kernel_scales
-from qjax.ops import eight_bit, trace
-from qjax.ops.partition import product
+from qjax.ops import eight_bit, explicit, trace
+from qjax.ops.partition import local_product, product
 
 
 def matmul(x: jax.Array, q: QTensor | QSlice, *, implementation: str | None = None) -> jax.Array:
@@ -47,14 +49,10 @@ def matmul(x: jax.Array, q: QTensor | QSlice, *, implementation: str | None = No
     if isinstance(q, QSlice) and _reads_in_place(q):
         return _slice_matmul(x, q, implementation)
     q = taken(q)
-    k, batch = math.prod(q.contract_shape), q.batch_shape
     _check_rows(x, q)
-    lead = x.shape[len(batch) : -1]
-    _record("matmul", math.prod(lead), x.dtype, q, False, implementation)
-    x = x.reshape(*batch, math.prod(lead), k)
-    trace.observe(x, q)
-    y = _product(x, q, False, implementation)
-    return y.reshape(*batch, *lead, *q.out_shape)
+    rows = math.prod(x.shape[len(q.batch_shape) : -1])
+    _record("matmul", rows, x.dtype, q, False, implementation)
+    return _product(x.reshape(*x.shape[:-1], *q.contract_shape), q, False, implementation)
 
 
 def _check_rows(x: jax.Array, q: QTensor, batch_ndim: int | None = None) -> None:
@@ -72,7 +70,8 @@ def _reads_in_place(q: QSlice) -> bool:
     stack = q.stack
     plain = stack.kind.bits == 4 and not isinstance(stack.scales, AffineScales)
     rows = stack.layout == "rows" and len(stack.batch_shape) == 1
-    return plain and rows and jax.device_count() == 1
+    near = jax.typeof(stack.packed).memory_space != jax.memory.Space.Host
+    return plain and rows and near and jax.device_count() == 1
 
 
 def _slice_matmul(x: jax.Array, q: QSlice, implementation) -> jax.Array:
@@ -80,8 +79,8 @@ def _slice_matmul(x: jax.Array, q: QSlice, implementation) -> jax.Array:
     _check_rows(x, stack, 0)
     _record("matmul", math.prod(lead), x.dtype, stack, False, implementation)
     x = x.reshape(-1, x.shape[-1])
-    trace.observe(x, stack)
-    return _slice_product(x, q, False, implementation).reshape(*lead, *stack.out_shape)
+    trace.observe(x, stack, batch_ndim=0)
+    return _contract(x, q, False, implementation, None).reshape(*lead, *stack.out_shape)
 
 
 def einsum(
@@ -137,14 +136,10 @@ def einsum(
         return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
     summed, kept = (other, contract) if transpose else (contract, other)
     x = jnp.transpose(x, [x_axes.index(a) for a in (*batch, *rows, *summed)])
-    flat = [math.prod(sizes[a] for a in axes) for axes in (rows, summed)]
-    _record("einsum", flat[0], x.dtype, q, transpose, implementation)
-    x = x.reshape(*q.batch_shape, *flat)
-    if not transpose:
-        trace.observe(x, q)
+    rows_count = math.prod(sizes[a] for a in rows)
+    _record("einsum", rows_count, x.dtype, q, transpose, implementation)
     y = _product(x, q, transpose, implementation)
     y_axes = [*batch, *rows, *kept]
-    y = y.reshape([sizes[a] for a in y_axes])
     return jnp.transpose(y, [y_axes.index(a) for a in out_axes])
 
 
@@ -232,19 +227,59 @@ def _record(op, rows, dtype, q: QTensor, transpose, implementation) -> None:
 
 
 def _product(x, q, transpose, implementation):
-    """Multiply [*batch, M, K] by each slice: [*batch, M, N]; transposed, [*batch, M, N] to K."""
-    product = _slice_product
-    for _ in q.batch_shape:
-        product = jax.vmap(product, in_axes=(0, 0, None, None))
-    return product(x, q, transpose, implementation)
+    """Multiply [*batch, *rows, *summed] by q, or transposed: [*batch, *rows, *kept]."""
+    if not transpose:
+        trace.observe(x, q)
+    mesh = explicit_mesh(x, q.packed)
+    if mesh is None:
+        return _contract(x, q, transpose, implementation, None)
+    if sharding_of(x) is None:
+        x = place(x, NamedSharding(mesh, PartitionSpec()))
+    return _contract(x, q, transpose, implementation, sharding_of(x))
 
 
 # Conventions of the VJP: x [M, K], q decodes to W [N, K], y = x W^T [M, N], and g = dL/dy.
 # dL/dx = g W: the same product transposed, from the same packed bytes. There is no dL/dW.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _slice_product(x, q, transpose, implementation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _contract(x, q, transpose, implementation, sharding):
     if isinstance(q, QSlice):
         return _product_in_place(x, q, transpose, implementation)
+    q = on_device(q)
+
+    def flat(x, q, shard=None):
+        summed, kept = q.contract_shape, q.out_shape
+        if transpose:
+            summed, kept = kept, summed
+        rows = x.shape[len(q.batch_shape) : x.ndim - len(summed)]
+        multiply = _slice_product
+        for _ in q.batch_shape:
+            multiply = jax.vmap(multiply, in_axes=(0, 0, None, None, None))
+        x = x.reshape(*q.batch_shape, math.prod(rows), math.prod(summed))
+        y = multiply(x, q, transpose, implementation, shard)
+        return y.reshape(*q.batch_shape, *rows, *kept)
+
+    if sharding is None:
+        return flat(x, q)
+    return explicit.product(x, q, transpose, flat)
+
+
+def _contract_fwd(x, q, transpose, implementation, sharding):
+    return _contract(x, q, transpose, implementation, sharding), q
+
+
+def _contract_bwd(transpose, implementation, sharding, q, g):
+    # Gradients are multiplied by the weight as it is: LLM.int8() has 8-bit activations only.
+    if isinstance(q, QTensor):  # a QSlice has 4 bits
+        q = dataclasses.replace(q, int8_threshold=None)
+    dx = _contract(g, q, not transpose, implementation, sharding)
+    return dx if sharding is None else place(dx, sharding), None
+
+
+_contract.defvjp(_contract_fwd, _contract_bwd)
+
+
+def _slice_product(x, q, transpose, implementation, shard):
+    """Multiply x [M, K] by one slice: [M, N]; or transposed, [M, N]: [M, K]."""
     if q.layout == "flat":
         rows = q.dequantize(x.dtype).transpose(*q.out_axes, *q.contract_axes)
         w = rows.reshape(math.prod(q.out_shape), math.prod(q.contract_shape))
@@ -260,11 +295,15 @@ def _slice_product(x, q, transpose, implementation):
     else:
         scales = kernel_scales(q.scales)
     packed = q.packed.reshape(-1, q.packed.shape[-1])
-    run = product(q.block_size, transpose, implementation)
-    y = run(x, packed, scales, jnp.asarray(q.codebook), *second)
+    operands = x, packed, scales, jnp.asarray(q.codebook), *second
+    if shard is None:
+        y = product(q.block_size, transpose, implementation)(*operands)
+    else:
+        local = local_product(q.block_size, transpose, implementation)
+        y = local(*operands, origin=shard.origin(scales), pitch=shard.pitch)
     if isinstance(q.scales, AffineScales):
         y = y + _offset_product(x, q.scales, q.block_size, transpose)
-    return y
+    return y if shard is None else shard.add_up(y)
 
 
 def _offset_product(x, scales: AffineScales, block_size: int, transpose: bool):
@@ -290,17 +329,3 @@ def _product_in_place(x, q: QSlice, transpose, implementation):
         layer=q.index,
         implementation=implementation,
     )
-
-
-def _product_fwd(x, q, transpose, implementation):
-    return _slice_product(x, q, transpose, implementation), q
-
-
-def _product_bwd(transpose, implementation, q, g):
-    # Gradients are multiplied by the weight as it is: LLM.int8() has 8-bit activations only.
-    if isinstance(q, QTensor):  # a QSlice has 4 bits
-        q = dataclasses.replace(q, int8_threshold=None)
-    return _slice_product(g, q, not transpose, implementation), None
-
-
-_slice_product.defvjp(_product_fwd, _product_bwd)

@@ -13,7 +13,7 @@ the kernel at which scale of the whole weight it starts.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,37 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels
 from pallas_kernels import DoubleQuantScales
+from qjax.core.placement import axis_names
+
+
+class Shard(NamedTuple):
+    """Which part of the weight a device multiplies.
+
+    Attributes:
+        mesh: concrete or abstract.
+        rows: mesh axes that the weight's rows are sharded over, as an entry of a PartitionSpec.
+        blocks: those of its blocks.
+        transpose: whether the rows are summed over, and not the blocks.
+        pitch: blocks in a row of the whole weight.
+    """
+
+    mesh: Any
+    rows: Any
+    blocks: Any
+    transpose: bool
+    pitch: int
+
+    def origin(self, scales: jax.Array) -> jax.Array:
+        """Return the row and the block of the whole weight at which this device's part starts."""
+        sharded = zip((self.rows, self.blocks), scales.shape, strict=True)
+        return jnp.stack([_position(axis, self.mesh) * size for axis, size in sharded])
+
+    def add_up(self, y: jax.Array) -> jax.Array:
+        """Return the sum of what the devices have, where the summed axis is sharded."""
+        summed = axis_names(self.rows if self.transpose else self.blocks)
+        if not summed:
+            return y
+        return jax.lax.psum(y.astype(jnp.float32), summed).astype(y.dtype)
 
 
 @functools.cache
@@ -32,9 +63,7 @@ def product(block_size: int, transpose: bool, implementation: str | None):
     and table. Under vmap more rows of x join those there are; a batch of weights is multiplied
     without the rule, and left to the compiler to partition.
     """
-    local = functools.partial(
-        _local, block_size=block_size, transpose=transpose, implementation=implementation
-    )
+    local = local_product(block_size, transpose, implementation)
 
     @jax.custom_batching.custom_vmap
     def call(*operands):
@@ -56,6 +85,13 @@ def product(block_size: int, transpose: bool, implementation: str | None):
     return call
 
 
+@functools.cache
+def local_product(block_size: int, transpose: bool, implementation: str | None):
+    """Return the product of one device, of the same arguments and `origin` and `pitch`."""
+    how = {"block_size": block_size, "transpose": transpose, "implementation": implementation}
+    return functools.partial(_local, **how)
+
+
 def _local(x, packed, scales, codebook, *second, origin=None, pitch=None, **how):
     if second:
         scales = DoubleQuantScales(scales, *second, origin=origin, pitch=pitch)
@@ -69,22 +105,18 @@ def _partitioned(local, block_size: int, transpose: bool, second_count: int, one
         rows, blocks = _spec(arg_shapes[2])
         # An axis of the mesh can shard one operand only. What it gathers is the smaller one: x
         # in decoding, in training the weight (FSDP), which goes over the wire packed.
-        if _bytes(arg_shapes[0]) < sum(_bytes(a) for a in arg_shapes[1:3]):
-            batch = _without(batch, rows, blocks)
+        if nbytes(arg_shapes[0]) < sum(nbytes(a) for a in arg_shapes[1:3]):
+            batch = without(batch, rows, blocks)
         else:
-            rows, blocks = _without(rows, batch), _without(blocks, batch)
+            rows, blocks = without(rows, batch), without(blocks, batch)
         summed, kept = (rows, blocks) if transpose else (blocks, rows)
         weight = [PartitionSpec(rows, blocks)] * 2
         specs = [PartitionSpec(batch, summed), *weight, *[PartitionSpec()] * (second_count + 1)]
-        pitch = arg_shapes[2].shape[1]
+        shard = Shard(mesh, rows, blocks, transpose, arg_shapes[2].shape[1])
 
         def run(x, packed, scales, *rest):
-            shard = zip((rows, blocks), scales.shape, strict=True)
-            origin = jnp.stack([_position(axis, mesh) * size for axis, size in shard])
-            y = local(x, packed, scales, *rest, origin=origin, pitch=pitch)
-            if not _names(summed):
-                return y
-            return jax.lax.psum(y.astype(jnp.float32), _names(summed)).astype(y.dtype)
+            origin = shard.origin(scales)
+            return shard.add_up(local(x, packed, scales, *rest, origin=origin, pitch=shard.pitch))
 
         shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
         return mesh, run, NamedSharding(mesh, PartitionSpec(batch, kept)), shardings
@@ -110,24 +142,20 @@ def _spec(matrix) -> tuple:
     return (*matrix.sharding.spec, None, None)[:2]
 
 
-def _names(axis) -> tuple[str, ...]:
-    if axis is None:
-        return ()
-    return axis if isinstance(axis, tuple) else (axis,)
+def without(entry, *others) -> tuple[str, ...] | None:
+    """Return an entry of a PartitionSpec less the mesh axes that others name."""
+    taken = [name for other in others for name in axis_names(other)]
+    return tuple(name for name in axis_names(entry) if name not in taken) or None
 
 
-def _without(axis, *others):
-    taken = [name for other in others for name in _names(other)]
-    return tuple(name for name in _names(axis) if name not in taken) or None
-
-
-def _bytes(a) -> int:
+def nbytes(a) -> int:
+    """Return the bytes of an array, abstract or not."""
     return math.prod(a.shape) * a.dtype.itemsize
 
 
 def _position(axis, mesh) -> jax.Array:
     """Return which shard of a dimension this device has: the major mesh axis counts most."""
     index = jnp.int32(0)
-    for name in _names(axis):
+    for name in axis_names(axis):
         index = index * mesh.shape[name] + jax.lax.axis_index(name).astype(jnp.int32)
     return index

@@ -1,14 +1,17 @@
 """Rows of a quantized table: the embedding lookup."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.core.placement import on_device, padded
 from qjax.core.qtensor import QTensor
 from qjax.core.scales import rows_of
 from qjax.ops import trace
+from qjax.ops.explicit import compiled, entries
 
 
 def take(q: QTensor, ids: jax.Array, *, dtype=None) -> jax.Array:
@@ -43,8 +46,16 @@ def take(q: QTensor, ids: jax.Array, *, dtype=None) -> jax.Array:
     dtype = q.dtype if dtype is None else dtype
     if q.layout != "rows" or q.contract_axes != (1,):
         trace.record("decode", "take: blocks do not run along the rows", q)
-        return jax.lax.stop_gradient(jnp.take(q.dequantize(dtype), ids, axis=0))
+        rows = functools.partial(jnp.take, axis=0)
+        table = jax.lax.stop_gradient(q.dequantize(dtype))
+        return compiled(rows, (*entries(ids), entries(table)[1]), table, ids)
     trace.record("take", "rows decoded", q)
+    columns = padded(q.sharding and q.sharding.spec, 2)[1]
+    rows = functools.partial(_rows, dtype=dtype)
+    return compiled(rows, (*entries(ids), columns), on_device(q), ids)
+
+
+def _rows(q: QTensor, ids: jax.Array, dtype) -> jax.Array:
     rows = ids.reshape(-1).astype(jnp.int32)
     rows = jnp.where(rows < 0, rows + q.shape[0], rows)
     inside = (rows >= 0) & (rows < q.shape[0])

@@ -5,6 +5,7 @@ watches the activations in the same way, while a model runs.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -90,11 +91,12 @@ def record(op: str, detail: str, q: QTensor | None = None) -> None:
         records.append(Record(_path_of(q), op, detail))
 
 
-def observe(x: jax.Array, q: QTensor) -> None:
-    """Show what multiplies the current weight, [*batch, M, K], if anybody watches."""
+def observe(x: jax.Array, q: QTensor, batch_ndim: int | None = None) -> None:
+    """Show what multiplies the current weight, as [*batch, M, K], if anybody watches."""
     observer, path = _observer.get(), _path_of(q)
     if observer is not None and path is not None:
-        observer(path, x)
+        k = math.prod(q.contract_shape)
+        observer(path, x.reshape(*q.batch_shape[:batch_ndim], -1, k))
 
 
 def _path_of(q: QTensor | None) -> str | None:

@@ -14,7 +14,6 @@ from qjax.core.blockwise import quantize_like
 from qjax.core.config import QuantConfig, patterns
 from qjax.nn.linen_box import QuantBox, box_kernel, is_quant_box, with_adapter
 from qjax.nn.lora import LoraConfig
-from qjax.nn.stack_axes import items_from_front
 from qjax.swap.linen_plan import leaves_by_path, path_string, plan_params
 from qjax.swap.merge_error import MergeError, merge_error
 from qjax.swap.policy import check_patterns, matches
@@ -106,8 +105,7 @@ def quantize_params(
             check_finite=check_finite,
             stack_axes=use.stack_axes,
         )
-        abstract = isinstance(getattr(leaf, "value", leaf), jax.ShapeDtypeStruct)
-        return jax.eval_shape(box, leaf) if abstract else box(leaf)
+        return box(leaf)
 
     return _map_params(quantize_leaf, params)
 
@@ -225,10 +223,7 @@ def dequantize_params(params: Any) -> Any:
 def _float_leaf(leaf: Any, dtype: Any) -> Any:
     if not is_quant_box(leaf):
         return leaf
-    w = leaf.merged(dtype)
-    if leaf.names is None:
-        return w
-    return meta.Partitioned(w, items_from_front(leaf.names, leaf.stack_axes))
+    return leaf.boxed(leaf.merged(dtype))
 
 
 def _is_variables(tree: Any) -> bool:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from qjax.core.blockwise import quantize_like
 from qjax.nn.nnx_adapter import has_adapter, settle
-from qjax.nn.nnx_param import float_metadata
+from qjax.nn.nnx_param import quant_metadata
 from qjax.swap.merge_error import MergeError, merge_error
 from qjax.swap.nnx_find import Found
 from qjax.swap.nnx_raw import find_weights
@@ -107,4 +107,4 @@ def _decoded(variable: nnx.Variable, dtype: Any) -> jax.Array:
 
 def _param(w: Any, old: nnx.Variable) -> nnx.Param:
     """Return a float weight with the metadata of `old`; a named sharding asks for no mesh here."""
-    return nnx.Param(w, eager_sharding=False, **float_metadata(old))
+    return nnx.Param(w, **quant_metadata(old))
