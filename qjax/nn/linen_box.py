@@ -306,7 +306,7 @@ def with_adapter(
         a, b = init_adapter(key, q.contract_shape, q.out_shape, cfg, q.batch_shape)
     dropout = 0.0 if is_table else cfg.dropout
     box = dataclasses.replace(box, lora_a=a, lora_b=b, scaling=cfg.scaling, dropout=dropout)
-    return (_with_magnitude(box) if cfg.dora else box).placed(q.sharding, name)
+    return (_with_magnitude(box) if cfg.dora else box).placed(box.q.sharding, name)
 
 
 def _with_magnitude(box: QuantBox) -> QuantBox:
