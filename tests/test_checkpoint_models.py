@@ -371,7 +371,7 @@ TAMPERED = {
     r"scalings\['.*kernel'\] must be a positive number": lambda q: q["scalings"].update(
         {KERNEL: -1.0}
     ),
-    r"a QuantBox is a QTensor q with or without lora_a and lora_b, found \['bias'": (
+    r"a QuantBox is a QTensor q with or without lora_a and lora_b, .* found \['bias'": (
         lambda q: q["boxes"].update({KERNEL.removesuffix("/kernel"): q["boxes"].pop(KERNEL)})
     ),
     r"a QuantBox is a QTensor q .* found \[\]": lambda q: q["boxes"].update(
