@@ -137,7 +137,7 @@ class LoraLayer(nnx.Module):
 
     def _norms(self) -> jax.Array:
         """Return the norms of DoRA; the shape alone for an abstract weight."""
-        axes, w = self.weight_axes(), getattr(self, self.weight_name).get_raw_value()
+        axes, w = self.weight_axes(), taken(getattr(self, self.weight_name).get_raw_value())
         norms = functools.partial(
             column_norms,
             scaling=self.lora_config.scaling,
