@@ -40,7 +40,9 @@ def smollm2() -> tuple[nnx.Module, Callable[[int], list], Measure]:
     path = demo.weights_file()
     tokenizer = qjax.load_tokenizer(path)
     model = qjax.from_pretrained(path, dtype=jnp.float32, progress=False)
-    train, test = (rows(lambda text: tokenizer.encode(text).ids, 256, held) for held in (False, True))
+    train, test = (
+        rows(lambda text: tokenizer.encode(text).ids, 256, held) for held in (False, True)
+    )
     batches = np.split(draw(test, 16, 0), 4)
 
     def measure(quantized):
@@ -60,7 +62,9 @@ def minilm() -> tuple[nnx.Module, Callable[[int], list], Measure]:
     start, end = tokenizer.encode("").ids
 
     def sentences(held_out):
-        plain = rows(lambda text: tokenizer.encode(text, add_special_tokens=False).ids, 62, held_out)
+        plain = rows(
+            lambda text: tokenizer.encode(text, add_special_tokens=False).ids, 62, held_out
+        )
         return np.pad(np.pad(plain, ((0, 0), (1, 0)), constant_values=start),
                       ((0, 0), (0, 1)), constant_values=end)  # fmt: skip
 
@@ -104,7 +108,9 @@ def main() -> None:
                 row = {"method": method or "plain", "seed": seed}
                 row |= measure(quantized(model, method, batches))
                 row["seconds"] = round(time.perf_counter() - since, 1)
-                found.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+                found.append(
+                    {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+                )
                 print(name, found[-1], flush=True)
         git = ["git", "-C", str(RESULT.parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
