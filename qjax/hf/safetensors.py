@@ -60,7 +60,9 @@ class SafetensorsFolder:
         self._int8 = int8_weights(self._stored)
         self._grouped = grouped_weights(self._stored) if self.groups else {}
         if self.groups and not self._grouped:
-            raise ValueError(f"{folder} has no .qweight: nothing of it is in {self.groups.method}")
+            raise ValueError(
+                f"{folder} has no .qweight: nothing of it is in {self.groups.method.upper()}"
+            )
         self.packed = {**four_bit, **self._int8, **self._grouped}
         parts = {part for held in (*self.packed.values(), *self._mxfp4.values()) for part in held}
         weights = self.packed.keys() & (self._stored.keys() | self._grouped.keys())

@@ -35,8 +35,8 @@ def _llm_int8(x: jax.Array, codes: jax.Array, step: jax.Array, threshold: float)
     """Multiply as LLM.int8() (Dettmers et al. 2022, section 3), float32 [M, N].
 
     Columns of x that hold an outlier are multiplied in x's dtype, the others in 8 bits, with a
-    scale for each row of x that leaves the outliers out. As in bitsandbytes, x is rounded to float16
-    first, whatever its dtype.
+    scale for each row of x that leaves the outliers out. As in bitsandbytes, x of any dtype is
+    rounded to float16 first.
     """
     half = jnp.clip(x, -_HALF, _HALF).astype(jnp.float16)
     outlier = jnp.abs(half) >= np.float16(threshold)
