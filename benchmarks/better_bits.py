@@ -35,15 +35,6 @@ RESULT = Path(__file__).parent / "results" / "better_bits.json"
 Measure = Callable[[nnx.Module], dict[str, float]]
 
 
-def language_model(**options) -> tuple:
-    """Return SmolLM2, its tokenizer, and rows of 256 tokens to train and to measure on."""
-    path = demo.weights_file()
-    tokenizer = qjax.load_tokenizer(path)
-    model = qjax.from_pretrained(path, dtype=jnp.float32, progress=False, **options)
-    pools = (rows(lambda text: tokenizer.encode(text).ids, 256, held) for held in (False, True))
-    return model, tokenizer, *pools
-
-
 def encoder() -> tuple[nnx.Module, np.ndarray, np.ndarray]:
     """Return MiniLM, and rows of 64 tokens to train and to measure on."""
     folder = weights_file().parent
@@ -64,7 +55,11 @@ def encoder() -> tuple[nnx.Module, np.ndarray, np.ndarray]:
 
 def smollm2() -> tuple[nnx.Module, Callable[[int], list], Measure]:
     """Return the float model, draws of calibration batches, and the measurement."""
-    model, _, train, test = language_model()
+    path = demo.weights_file()
+    tokenizer = qjax.load_tokenizer(path)
+    model = qjax.from_pretrained(path, dtype=jnp.float32, progress=False)
+    ids = lambda text: tokenizer.encode(text).ids  # noqa: E731
+    train, test = (rows(ids, 256, held_out) for held_out in (False, True))
     batches = np.split(draw(test, 16, 0), 4)
 
     def measure(quantized):
