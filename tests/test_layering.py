@@ -28,6 +28,7 @@ LAYERS = {
     "qjax.train": FLAX | {"optax"},
     "qjax.optim": NUMERICS | {"optax"},
     "qjax.checkpoint": FLAX | {"orbax"},
+    "qjax.sampling": NUMERICS,
     "qjax.generate": FLAX,
     "qjax.models": FLAX,
     "qjax.planning": set(),
