@@ -186,6 +186,12 @@ def bad_calls():
         r"folds\['norm'\]: there is no weight at 'up'": call({"norm": ["up"]}),
         r"folds\['down'\]: outputs and inputs differ: .*48.*128": call({"down": ["up/kernel"]}),
         "calibrate before adding adapters": call(FOLDS, adapted),
+        'folds= is of method="awq", got method=': lambda: qjax.calibrate(
+            qjax.quantize_model(nnx.clone(float_model), config()),
+            float_model,
+            DATA[:1],
+            folds=FOLDS,
+        ),
     }
 
 
