@@ -52,7 +52,7 @@ class Shard(NamedTuple):
         summed = axis_names(self.rows if self.transpose else self.blocks)
         if not summed:
             return y
-        return jax.lax.psum(y.astype(jnp.float32), summed).astype(y.dtype)
+        return jax.lax.psum(y, summed)
 
 
 @functools.cache
