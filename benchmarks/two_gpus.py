@@ -218,8 +218,9 @@ class Training:
         self.ids = jax.device_put(ids, rows)
         placed = time.perf_counter()
         kept = jax.tree.map(lambda a: a.sharding, (self.adapters, self.state))
+        spread = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
         step = jax.jit(
-            make_step(tx, shape, args.attention, lambda x: jax.lax.with_sharding_constraint(x, rows)),
+            make_step(tx, shape, args.attention, spread),
             donate_argnums=(0, 1),
             out_shardings=(*kept, everywhere),
         )
