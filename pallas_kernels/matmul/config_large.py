@@ -11,12 +11,14 @@ class LargeTiles:
     Attributes:
         rows: rows of x of a tile, a multiple of 64 up to 256.
         slots: steps in flight.
-        split: clusters of blocks for a tile, at most; 0 gives each whole tiles.
+        split: pairs of blocks for a tile, at most; 0 gives each whole tiles.
+        parts: pairs of blocks of a cluster, for a tile together: 1, 2 or 4; above 1 `split` is 0.
     """
 
     rows: int = 256
     slots: int = 5
     split: int = 2
+    parts: int = 1
 
 
 LARGE_TILES = (
@@ -25,6 +27,9 @@ LARGE_TILES = (
     LargeTiles(256, 5, 4),
     LargeTiles(128, 8, 0),
     LargeTiles(128, 8, 2),
+    LargeTiles(256, 5, 0, 2),
+    LargeTiles(256, 5, 0, 4),
+    LargeTiles(128, 8, 0, 2),
 )
 # Microseconds, by measurement on an H100 (SXM): of a step of 64 and of adding a sum, by the tile's
 # rows of x; of a launch; of starting and storing a tile, or a part of one.
