@@ -1,7 +1,7 @@
 """Time of products with many rows of x on a Hopper GPU: each tile choice, and decoding first.
 
 python benchmarks/matmul_large.py --out FILE [--shapes 4096x14336,...] [--rows 256,512,1024]
-    [--transpose] [--ways decoded,256x5x0x2]
+    [--directions forward,backward] [--ways decoded,256x5x0x2]
 
 Measured as in benchmarks/matmul.py, beside torch bf16 in the same run. A way is the fields of
 `LargeTiles`, or `decoded`. One that fails to compile says so and does not end the run.
@@ -37,7 +37,7 @@ def functions(names: str) -> dict[str, Callable]:
         if name != "decoded":
             tiles[name] = LargeTiles(*map(int, name.split("x")))
     ways = {name: functools.partial(mosaic_large.matmul, config=t) for name, t in tiles.items()}
-    ways["decoded"] = decoded.matmul  # last: XLA tries its dots on the GPU while it compiles
+    ways["decoded"] = decoded.matmul
     return {name: way for name, way in ways.items() if not names or name in names.split(",")}
 
 
@@ -61,14 +61,16 @@ def compile_way(cell: Cell, way: Callable):
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def measure(cells: list[Cell], names: str, wait: Callable[[], object]) -> list[dict]:
-    """A row of each cell and way; `wait` is called before the GPU is timed."""
+def measure(
+    cells: list[tuple[Cell, str]], ways: dict[str, Callable], wait: Callable[[], object]
+) -> list[dict]:
+    """A row of each (cell, way); `wait` is called before the GPU is timed."""
     import matmul_jax
 
-    ways = functions(names)
     bench = matmul_jax.Bench(time.time() + 3600)
-    kernels = [(cell, way) for cell in cells for way in ways if way != "decoded"]
-    dots = [(cell, way) for cell in cells for way in ways if way == "decoded"]
+    # XLA tries its dots on the GPU while it compiles: they wait for the kernels.
+    kernels = [(cell, way) for cell, way in cells if way != "decoded"]
+    dots = [(cell, way) for cell, way in cells if way == "decoded"]
     rows, checks = [], []
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
         for work in (kernels, dots):
@@ -110,19 +112,21 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--shapes", default="4096x14336,14336x4096,4096x4096")
     parser.add_argument("--rows", default="256,512,1024,2048,4096,8192")
-    parser.add_argument("--transpose", action="store_true")
+    parser.add_argument("--directions", default="forward,backward")
     parser.add_argument("--ways", default="")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too
     cells = [
-        Cell(matmul_cells.REFERENCE, *map(int, shape.split("x")), int(m), args.transpose)
+        Cell(matmul_cells.REFERENCE, *map(int, shape.split("x")), int(m), way == "backward")
         for shape in args.shapes.split(",")
         for m in args.rows.split(",")
+        for way in args.directions.split(",")
     ]
     with tempfile.TemporaryDirectory() as folder:
         torch = matmul.start_torch(cells, pathlib.Path(folder), time.time() + TORCH_SECONDS)
-        ours = [dataclasses.replace(cell, library="qjax") for cell in cells]
-        rows = measure(ours, args.ways, torch.wait)
+        ways = functions(args.ways)
+        ours = [(dataclasses.replace(cell, library="qjax"), way) for cell in cells for way in ways]
+        rows = measure(ours, ways, torch.wait)
         rows += matmul.torch_rows(pathlib.Path(folder) / "torch.jsonl")[1]
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
