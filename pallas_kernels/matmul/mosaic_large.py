@@ -110,7 +110,6 @@ class Layout:
             self.shares = min(sms // PAIR, self.grains, count * max(tiles.split, 1))
             self.splits = any(self.begin(share) % self.units for share in range(self.shares))
         self.clusters = self.shares // self.parts
-        self.leads = self.shares < count  # a pair has several tiles
 
     def begin(self, share):
         """The first unit of a pair's share (of the end, for the number of shares)."""
@@ -289,22 +288,15 @@ class _Block:
             mg.branch(begins, lambda: self.write(acc, tile), lambda: self.write_sum(acc))
             return a
 
-        if self.layout.leads:
-            with mg.when(self.at.warpgroup.equals(1)):
-                self.sync_start()
-        mg.loop(count, [word.value for word in self.operand(mg.Int(0))], segment)
+        a = self.left.decode(self.at, self.load(mg.Int(0)), self.planes)
+        mg.loop(count, [word.value for word in a], segment)
 
-    def sync_start(self) -> None:
-        """Let the first warpgroup lead by two steps: one stores a tile while the other works."""
-        mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
-
-    def operand(self, p: mg.Int) -> list[mg.Int]:
-        """Wait for a step, and decode it."""
+    def load(self, p: mg.Int) -> list[mg.Int]:
+        """Wait for a step, and load this lane's part of its packed bytes."""
         self.wait_full(p)
         slot, left = p % self.tiles.slots, self.left
         packed = self.packed + slot * (left.box[0] * left.box[1])
-        scales = self.scales + slot * (4 * left.scale_words)
-        return left.words(self.at, packed, scales, self.planes)
+        return left.load(self.at, packed, self.scales + slot * (4 * left.scale_words))
 
     def start(self, p: mg.Int, a: list[mg.Int], acc: list) -> list:
         """Start the product with a step of x."""
@@ -312,28 +304,32 @@ class _Block:
         return mg.wgmma_start(acc, a, mg.swizzled_descriptor(x), 32 >> 4, self.problem.dtype)
 
     def product(self, p0: mg.Int, units: mg.Int, a: list) -> tuple[list, list]:
-        """The sum of some units, from step p0, whose operand is `a`; the next step's operand."""
-        size = self.tiles.rows // 2
-        last = (self.end - self.first << 1) - 1
+        """The sum of some units, from step p0, whose operand is `a`; the next step's operand.
+
+        The tensor cores multiply a step while the next is decoded.
+        """
+        size, last = self.tiles.rows // 2, (self.end - self.first << 1) - 1
 
         def unit(i: mg.Int, carry: list) -> list:
-            acc, a = carry[:size], [mg.Int(word) for word in carry[size:]]
-            p = p0 + (i << 1)
-            acc = self.start(p, a, acc)
-            b = self.operand(p + 1)
-            acc = self.start(p + 1, b, acc)
-            mg.wgmma_wait(1, a)
-            self.release(p)
-            a = self.operand((p + 2).at_most(last))  # the last is decoded again, to no effect
-            acc = mg.wgmma_finish(acc, b)
-            self.release(p + 1)
-            if self.layout.leads:
-                with mg.when(mg.both(p.equals(0), self.at.warpgroup.equals(0))):
-                    self.sync_start()
-            return acc + [word.value for word in a]
+            acc, words = carry[:size], [mg.Int(word) for word in carry[size:]]
+            before, a = words[:16], words[16:]
+            for half in range(2):
+                p = p0 + (i << 1) + half
+                acc = self.start(p, a, acc)
+                words = self.load((p + 1).at_most(last))  # the last again, to no effect
+                mg.wgmma_wait(1, before)
+                if half:
+                    self.release(p - 1)
+                else:
+                    with mg.when(mg.Int(0) < i):
+                        self.release(p - 1)
+                before, a = a, self.left.decode(self.at, words, self.planes)
+            return acc + [word.value for word in before + a]
 
-        carry = mg.loop(units, [mg.zero()] * size + a, unit)
-        return carry[:size], carry[size:]
+        carry = mg.loop(units, [mg.zero()] * size + a + a, unit)
+        acc = mg.wgmma_finish(carry[:size], [mg.Int(word) for word in carry[size : size + 16]])
+        self.release(p0 + (units << 1) - 1)
+        return acc, carry[size + 16 :]
 
     # Results
 
