@@ -25,8 +25,7 @@ from jax.core import Tracer
 from jax.experimental.layout import Format, Layout
 
 from pallas_kernels.dispatch import target
-
-_STOP_SLOTS = 8  # stop tokens are padded to a multiple of this
+from qjax.sampling import Sampling, choose, make_sampling
 
 
 class LanguageModel(Protocol):
@@ -162,23 +161,6 @@ def as_tokens(ids, attention_mask=None) -> tuple[jax.Array, jax.Array | None]:
     return ids, jnp.asarray(attention_mask) != 0
 
 
-def sample(
-    logits: jax.Array, key: jax.Array, temperature, top_k: int | None = None, top_p=None
-) -> jax.Array:
-    """Draw one int32 token [B] from each row of float32 logits [B, vocab]."""
-    logits = logits / temperature
-    if top_k is None and top_p is None:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    count = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
-    logits, tokens = jax.lax.top_k(logits, count)  # likeliest first
-    if top_p is not None:
-        probabilities = jax.nn.softmax(logits)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        logits = jnp.where(before < top_p, logits, -jnp.inf)
-    choice = jax.random.categorical(key, logits)
-    return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
 class _State(NamedTuple):
     """Where a generation stands; its arrays are donated from step to step.
 
@@ -199,15 +181,6 @@ class _State(NamedTuple):
     cache: Any
 
 
-class _Sampling(NamedTuple):
-    """How tokens are chosen: arrays, so that other values compile nothing."""
-
-    stop: np.ndarray
-    key: jax.Array
-    temperature: np.float32
-    top_p: np.float32 | None
-
-
 @dataclasses.dataclass
 class _Session:
     """A generation under way."""
@@ -215,27 +188,20 @@ class _Session:
     graphdef: Any
     params: Any
     state: _State
-    sampling: _Sampling
-    kind: dict[str, Any]
+    sampling: Sampling
 
     def run(self, until: int) -> jax.Array:
         """Go on until so many new tokens; return those so far, int32 [B, slots]."""
         arguments = self.graphdef, self.params, self.state, np.int32(until), self.sampling
-        self.state = _decode(*arguments, **self.kind)
+        self.state = _decode(*arguments)
         return self.state.tokens
 
 
-def _start(
-    model,
-    ids,
-    attention_mask,
-    max_new_tokens,
-    options,
-) -> _Session | None:
+def _start(model, ids, attention_mask, max_new_tokens, options) -> _Session | None:
     """Check the arguments and read the prompt; None where no token is asked for."""
     ids, attention_mask = as_tokens(ids, attention_mask)
     _check_tokens(model.config, ids, attention_mask, max_new_tokens)
-    sampling, kind = _sampling(**options)
+    sampling = make_sampling(**options)
     if max_new_tokens == 0:
         return None
     graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
@@ -248,9 +214,9 @@ def _start(
         ids, attention_mask = jnp.pad(ids, pad), jnp.pad(attention_mask, pad)
     params = _cast(adapters, model.dtype), rest
     logits, lengths, cache = _prefill(graphdef, params, ids, attention_mask, slots)
-    token, tokens, done = _first(logits, slots, sampling, **kind)
+    token, tokens, done = _first(logits, slots, sampling)
     state = _State(np.int32(1), token, tokens, done, lengths, cache)
-    return _Session(graphdef, params, state, sampling, kind)
+    return _Session(graphdef, params, state, sampling)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -272,19 +238,17 @@ def _prefill(graphdef, params, ids, mask, slots: int):
     return model.logits(hidden), lengths, cache
 
 
-@functools.partial(jax.jit, static_argnums=(1,), static_argnames=("greedy", "top_k"))
-def _first(logits, slots: int, sampling: _Sampling, *, greedy, top_k):
+@functools.partial(jax.jit, static_argnums=(1,))
+def _first(logits, slots: int, sampling: Sampling):
     """Choose the first new token; return it, the array of all to come, and the rows that end."""
     none = jnp.zeros(logits.shape[:1], jnp.bool_)
-    token, done = _choose(sampling, greedy, top_k, logits, none, 0)
+    token, done = choose(sampling, logits, none, 0)
     tokens = jnp.full((logits.shape[0], slots), sampling.stop[0], jnp.int32)
     return token, tokens.at[:, 0].set(token), done
 
 
-@functools.partial(
-    jax.jit, static_argnums=(0,), static_argnames=("greedy", "top_k"), donate_argnums=(2,)
-)
-def _decode(graphdef, params, state: _State, until, sampling: _Sampling, *, greedy, top_k):
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+def _decode(graphdef, params, state: _State, until, sampling: Sampling):
     """Generate until there are `until` new tokens or all rows have ended."""
 
     def unfinished(state):
@@ -296,7 +260,7 @@ def _decode(graphdef, params, state: _State, until, sampling: _Sampling, *, gree
         model = _model(graphdef, params)
         hidden, cache = model.hidden(state.token[:, None], positions=positions, cache=state.cache)
         logits = model.logits(hidden[:, 0])
-        token, done = _choose(sampling, greedy, top_k, logits, state.done, state.step)
+        token, done = choose(sampling, logits, state.done, state.step)
         tokens = jax.lax.dynamic_update_slice_in_dim(
             state.tokens, token[:, None], state.step, axis=1
         )
@@ -309,17 +273,6 @@ def _model(graphdef, params) -> Any:
     """Put the model together with its dropout off: while tracing, where it costs nothing."""
     model = nnx.merge(graphdef, *params)
     return nnx.view(model, deterministic=True, raise_if_not_found=False)
-
-
-def _choose(sampling: _Sampling, greedy: bool, top_k, logits, done, step):
-    """Return the next token of each row, and which rows have ended with it."""
-    if greedy:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        key = jax.random.fold_in(sampling.key, step)
-        token = sample(logits, key, sampling.temperature, top_k, sampling.top_p)
-    token = jnp.where(done, sampling.stop[0], token)
-    return token, done | jnp.any(token[:, None] == sampling.stop[None, :], axis=1)
 
 
 def _cast(adapters, dtype):
@@ -376,35 +329,3 @@ def _check_tokens(config, ids, mask, max_new_tokens) -> None:
         empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
         if empty.size:
             raise ValueError(f"attention_mask is 0 on all of row {empty[0]}: nothing to continue")
-
-
-def _sampling(temperature=0.0, top_k=None, top_p=None, stop_tokens=(), key=None):
-    """Check the options of sampling; return the arrays and what is static of them."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature!r} must be finite, 0 or more")
-    if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
-        raise ValueError(f"top_k={top_k!r} must be an int, 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p!r} must be above 0 and at most 1")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError(
-            f"top_k={top_k!r} and top_p={top_p!r} have no effect at temperature=0 (greedy)"
-        )
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature!r} samples: pass key=jax.random.key(seed)")
-    arrays = _Sampling(
-        _stop_array(stop_tokens),
-        jax.random.key(0) if key is None else key,
-        np.float32(temperature),
-        None if top_p is None else np.float32(top_p),
-    )
-    return arrays, {"greedy": temperature == 0, "top_k": top_k}
-
-
-def _stop_array(stop_tokens) -> np.ndarray:
-    """Return the stop tokens as int32, padded with -1 (no token) to a multiple of eight."""
-    stops = [int(token) for token in stop_tokens]
-    if any(token < 0 for token in stops):
-        raise ValueError(f"stop_tokens={stops} must be token ids, 0 or more")
-    slots = -(-max(len(stops), 1) // _STOP_SLOTS) * _STOP_SLOTS
-    return np.asarray(stops + [-1] * (slots - len(stops)), np.int32)

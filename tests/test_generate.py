@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.generate import sample
 from qjax.models import CausalLM
+from qjax.sampling import sample
 from tests.models.golden import LLAMAS, golden_model, reference
 
 IDS = np.asarray([[5, 17, 3, 90], [8, 2, 44, 61]], np.int32)

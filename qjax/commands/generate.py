@@ -1,6 +1,5 @@
 """`qjax generate`: continue a text, or answer a message, token by token."""
 
-import functools
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -10,12 +9,10 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import typer
-from flax import nnx
 from rich.console import Console
 
 import qjax
 from qjax.commands.errors import one_line
-from qjax.generate import sample
 from qjax.hf.chat import load_chat_template
 from qjax.hf.gguf import Metadata
 from qjax.hf.hub import locate
@@ -75,11 +72,10 @@ def generate(
         tokenizer = qjax.load_tokenizer(folder)
         ids = encode(folder, tokenizer, text, chat)
         model = load(folder, quantize, adapter)
-        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        sampling["key"] = jax.random.key(seed)
-        model.generate(jnp.asarray([ids], jnp.int32), max_new_tokens=0, **sampling)  # checks them
-        tokens = stream(model, ids, min(max_new_tokens, room(model, ids)), **sampling)
         stop = stop_tokens(folder)
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        sampling |= {"key": jax.random.key(seed), "stop_tokens": stop}
+        tokens = stream(model, ids, min(max_new_tokens, room(model, ids)), **sampling)
         console = Console(soft_wrap=True)
         for piece in decode(tokenizer, tokens, stop):
             console.out(piece, end="", highlight=False)
@@ -134,34 +130,13 @@ def stop_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def stream(model: Any, ids: list[int], count: int, **sampling: Any) -> Iterator[int]:
-    """Yield `count` tokens that continue `ids`, each as soon as it is chosen."""
+    """Yield up to `count` tokens that continue `ids`, each as soon as it is chosen."""
+    reads = jnp.asarray([ids], jnp.int32)
     if isinstance(model, Seq2SeqLM):
-        reads = jnp.asarray([ids], jnp.int32)
         yield from model.generate(reads, max_new_tokens=count, **sampling)[0, 1:].tolist()
         return
-    graphdef, state = nnx.split(nnx.view(model, deterministic=True, raise_if_not_found=False))
-    cache = model.init_cache(1, len(ids) + count)
-    tokens = jnp.asarray([ids], jnp.int32)
-    for i in range(count):
-        key = jax.random.fold_in(sampling["key"], i)
-        tokens, cache = _next(graphdef, state, tokens, cache, **{**sampling, "key": key})
+    for tokens in model.stream(reads, max_new_tokens=count, every=1, **sampling):
         yield int(tokens[0, 0])
-
-
-@functools.partial(
-    jax.jit,
-    static_argnums=(0,),
-    static_argnames=("temperature", "top_p", "top_k"),
-    donate_argnums=3,
-)
-def _next(graphdef, state, tokens, cache, *, temperature, top_p, top_k, key):
-    """Return the token [1, 1] after these and the cache with them."""
-    model = nnx.merge(graphdef, state)
-    hidden, cache = model.hidden(tokens, cache=cache)
-    logits = model.logits(hidden[:, -1])
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), cache
-    return sample(logits, key, temperature, top_k, top_p)[:, None], cache
 
 
 def decode(tokenizer: Any, tokens: Iterable[int], stop: Collection[int]) -> Iterator[str]:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from qjax.demo import model as demo_model
 from qjax.demo.finetune import finetune
 from qjax.demo.lessons import Lessons, TokenSet, load_lessons, tokenize
 from qjax.finetune.plot import plot_losses
+from qjax.finetune.progress import show_progress
 
 _PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 BATCH_SIZE = 8
@@ -130,27 +130,9 @@ def _train(model: Any, data: TokenSet, steps: int, console: Console) -> list[flo
         f"{len(data.ids)} questions and answers, {trainable:,} trainable parameters, {steps} steps "
         f"of {BATCH_SIZE} x {data.ids.shape[1]} tokens"
     )
-    columns = (
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeElapsedColumn(),
-    )
-    losses: list[float] = []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps, loss=float("nan"), speed=0.0)
-        since = time.perf_counter()
-        for loss in finetune(
-            model, data, steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE
-        ):
-            losses.append(loss)
-            if len(losses) == 1:  # compilation is not training speed
-                since = time.perf_counter()
-            tokens = (len(losses) - 1) * BATCH_SIZE * data.ids.shape[1]
-            speed = tokens / max(time.perf_counter() - since, 1e-9)
-            progress.update(task, advance=1, loss=loss, speed=speed)
-    return losses
+    run = finetune(model, data, steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
+    tokens = BATCH_SIZE * data.ids.shape[1]
+    return show_progress(run, first=0, steps=steps, tokens=tokens, console=console)
 
 
 def _answers(lessons: Lessons, before: Sequence[str], after: Sequence[str]) -> Table:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import qjax
 from qjax.finetune.packing import Packed, pack
 from qjax.finetune.plot import plot_losses
+from qjax.finetune.progress import show_progress
 from qjax.finetune.records import Encoder, read_examples
 from qjax.finetune.training import train
 from qjax.hf.chat import load_chat_template, special_tokens, tokenizer_config
@@ -156,13 +155,6 @@ def _describe(data: Packed, count: int, settings: Settings, console: Console) ->
 
 
 def _train(model, data, steps, settings, output, save_every, console) -> list[float]:
-    columns = (
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeElapsedColumn(),
-    )
     run = train(
         model,
         data,
@@ -173,17 +165,9 @@ def _train(model, data, steps, settings, output, save_every, console) -> list[fl
         save_every=save_every,
         seed=settings.seed,
     )
-    losses = next(run)
-    first = len(losses)
-    if first:
-        console.print(f"Going on after step {first}", highlight=False)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps, completed=first, loss=math.nan, speed=0.0)
-        since = time.perf_counter()
-        for losses in run:
-            if len(losses) == first + 1:  # compilation is not training speed
-                since = time.perf_counter()
-            tokens = (len(losses) - first - 1) * settings.batch_size * settings.length
-            speed = tokens / max(time.perf_counter() - since, 1e-9)
-            progress.update(task, completed=len(losses), loss=losses[-1], speed=speed)
-    return losses
+    before = list(next(run))
+    if before:
+        console.print(f"Going on after step {len(before)}", highlight=False)
+    tokens = settings.batch_size * settings.length
+    progress = {"first": len(before), "steps": steps, "tokens": tokens, "console": console}
+    return before + show_progress((losses[-1] for losses in run), **progress)

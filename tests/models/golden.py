@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import qjax.hf
+from qjax.models import ModelConfig
 
 FOLDER = pathlib.Path(__file__).parent.parent / "golden" / "hf"
 LLAMAS = ("llama", "llama_tied")
@@ -22,6 +23,17 @@ PADDINGS = ("", "_left", "_right")
 # Absolute, on logits of size 10 to 17: twenty times what float32 differs from float64 by
 # (golden/hf/README.md).
 TOLERANCE = 2e-4
+
+# A config, for what needs no golden data.
+TINY = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
 
 
 @functools.cache

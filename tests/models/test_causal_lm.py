@@ -9,18 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from qjax.models import CausalLM, ModelConfig
-from tests.models.golden import TOLERANCE, golden_model, reference
-
-TINY = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-)
+from qjax.models import CausalLM
+from tests.models.golden import TINY, TOLERANCE, golden_model, reference
 
 forward = nnx.jit(lambda model, *args: model(*args))
 

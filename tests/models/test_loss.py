@@ -9,19 +9,10 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax.models import CausalLM, ModelConfig
-from tests.models.golden import TOLERANCE, golden_model, reference
+from qjax.models import CausalLM
+from tests.models.golden import TINY, TOLERANCE, golden_model, reference
 
-TINY = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    remat=True,
-)
+TRAINED = dataclasses.replace(TINY, remat=True)
 
 
 def numpy_loss(logits, labels):
@@ -111,7 +102,7 @@ def test_kept_activations_are_kept_and_change_no_gradient(scan_layers, capsys):
     ids = jax.random.randint(jax.random.key(0), (2, 6), 0, 32)
 
     def gradient(saves):
-        config = dataclasses.replace(TINY, scan_layers=scan_layers, remat_saves=saves)
+        config = dataclasses.replace(TRAINED, scan_layers=scan_layers, remat_saves=saves)
         graphdef, state = nnx.split(CausalLM(config, rngs=nnx.Rngs(0)))
         loss = lambda state: nnx.merge(graphdef, state).loss(ids)  # noqa: E731
         jax.ad_checkpoint.print_saved_residuals(loss, state)
