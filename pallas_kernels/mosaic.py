@@ -79,11 +79,9 @@ def block_index() -> Int:
     return Int(arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x)))
 
 
-def cluster_rank() -> tuple[Int, Int]:
-    """This block's place in its cluster, along the inner dimension and the outer one."""
-    places = map(gpu.cluster_block_id, (gpu.Dimension.x, gpu.Dimension.y))
-    x, y = (Int(arith.index_cast(i32(), place)) for place in places)
-    return x, y
+def cluster_rank() -> Int:
+    """This block in its cluster."""
+    return Int(arith.index_cast(i32(), gpu.cluster_block_id(gpu.Dimension.x)))
 
 
 def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
@@ -130,12 +128,12 @@ def sync_block() -> None:
     gpu.barrier()
 
 
-def sync_cluster(ordered: bool = False) -> None:
+def sync_cluster() -> None:
     """Wait for all threads of the cluster, to initialize barriers or before leaving.
 
-    If `ordered`, what they wrote before can be read; that waits for every store in flight.
+    It orders nothing else: a release would wait for every store in flight.
     """
-    text = f"barrier.cluster.arrive{'' if ordered else '.relaxed'}; barrier.cluster.wait;"
+    text = "barrier.cluster.arrive.relaxed; barrier.cluster.wait;"
     _asm(None, [], text, "~{memory}", effects=True)
 
 
@@ -186,11 +184,6 @@ def add(a: ir.Value, b: ir.Value) -> ir.Value:
 def mul(a: ir.Value, b: ir.Value) -> ir.Value:
     """Product of two floats."""
     return arith.mulf(a, b)
-
-
-def select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
-    """`yes` where the condition holds, else `no`."""
-    return arith.select(condition, yes, no)
 
 
 def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -395,17 +388,6 @@ def store_floats(address: Int, values: Sequence[ir.Value]) -> None:
     """Store 4 consecutive floats, 16-byte aligned."""
     vector = vector_dialect.from_elements(ir.VectorType.get((4,), f32()), list(values))
     llvm.store(vector, _pointer(address), alignment=16)
-
-
-def address_at(address: Int, rank: Int) -> Int:
-    """The shared address in another block of the cluster, for `store_floats_at`."""
-    return Int(_asm(i32(), [address, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r"))
-
-
-def store_floats_at(address: Int, values: Sequence[ir.Value]) -> None:
-    """Store 4 consecutive floats, 16-byte aligned, to shared memory of another block."""
-    text = "st.shared::cluster.v4.f32 [$0], {$1, $2, $3, $4};"
-    _asm(None, [address, *values], text, "r,f,f,f,f,~{memory}", effects=True)
 
 
 def signal(address: Int) -> None:

@@ -12,15 +12,12 @@ Codes come from registers too, by byte permutations. Codes and scales are rounde
 multiplied there. The product with the weight contracted along N (dX = dY @ W) differs only in how a
 lane gathers its part of the packed bytes: `mosaic_left`.
 
-Blocks work in pairs: they have neighbouring outputs and the same rows of x, and each copies half of
-these for both; the L2 cache has not the bandwidth for a copy each. The work is divided in one of
-two ways:
+Two blocks make a cluster: they have neighbouring outputs and the same rows of x, and each copies
+half of these for both; the L2 cache has not the bandwidth for a copy each.
 
-    shares   A cluster is a pair. Pairs share the work evenly, to two steps: a share may start or
-             end inside a tile. The pair with the start of a tile adds the sums of the others, in
-             order, through device memory. It waits only for pairs that the GPU starts earlier.
-    parts    A cluster has a tile, and each of its pairs an equal part of the contraction. They add
-             their sums through each other's shared memory.
+Clusters share the work evenly, to two steps: a share may start or end inside a tile. The one with
+the start of a tile adds the sums of the others, in order, through device memory. It waits only for
+clusters of lower numbers, which the GPU starts earlier.
 """
 
 import functools
@@ -35,7 +32,7 @@ from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded
 from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Lane, Rows, code_planes
 from pallas_kernels.matmul.problem import Operands, Problem, describe
 
-PAIR = 2  # blocks
+CLUSTER = 2  # blocks
 MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
 COPY_GROUP = 4  # steps whose scales are loaded together
@@ -97,30 +94,25 @@ class Layout:
         self.left = (Columns if transpose else Rows)(problem)
         self.row_tiles = pl.cdiv(problem.m, tiles.rows)
         self.row_group = max(d for d in range(1, ROW_GROUP + 1) if self.row_tiles % d == 0)
-        self.output_tiles = pl.cdiv(self.left.outputs, PAIR * OUTPUTS)  # of a pair
+        self.output_tiles = pl.cdiv(self.left.outputs, CLUSTER * OUTPUTS)  # of a cluster
         self.units = pl.cdiv(self.left.contracted, 2 * STEP)  # of a tile: two steps each
-        count = self.output_tiles * self.row_tiles
-        self.parts = tiles.parts if tiles.parts <= self.units else 1
+        tiles_total = self.output_tiles * self.row_tiles
         # Shares are counted in grains: units, or whole tiles.
-        self.grain = 1 if tiles.split or self.parts > 1 else self.units
-        self.grains = count * (self.units // self.grain)
-        if self.parts > 1:
-            self.shares, self.splits = count * self.parts, False
-        else:
-            self.shares = min(sms // PAIR, self.grains, count * max(tiles.split, 1))
-            self.splits = any(self.begin(share) % self.units for share in range(self.shares))
-        self.clusters = self.shares // self.parts
+        self.grain = 1 if tiles.split else self.units
+        self.grains = tiles_total * (self.units // self.grain)
+        self.clusters = min(sms // CLUSTER, self.grains, tiles_total * max(tiles.split, 1))
+        self.splits = any(self.begin(c) % self.units for c in range(self.clusters))
 
-    def begin(self, share):
-        """The first unit of a pair's share (of the end, for the number of shares)."""
-        return share * self.grains // self.shares * self.grain
+    def begin(self, cluster):
+        """The first unit of a cluster's share (of the end, for the number of clusters)."""
+        return cluster * self.grains // self.clusters * self.grain
 
-    def share_of(self, unit):
-        """The share that has a unit."""
-        return ((unit // self.grain + 1) * self.shares - 1) // self.grains
+    def cluster_of(self, unit):
+        """The cluster whose share has a unit."""
+        return ((unit // self.grain + 1) * self.clusters - 1) // self.grains
 
     def tile(self, tile):
-        """The tile's place among a pair's outputs and among rows of x."""
+        """The tile's place among a cluster's outputs and among rows of x."""
         span = self.row_group * self.output_tiles
         group, within = tile // span, tile % span
         return within // self.row_group, group * self.row_group + within % self.row_group
@@ -145,11 +137,10 @@ class _Block:
         self.context, self.layout, self.refs = context, layout, refs
         self.problem, self.tiles, self.left = layout.problem, layout.tiles, layout.left
         self.thread = mg.thread_index()
-        self.rank, self.part = mg.cluster_rank()
-        # Later numbers are for earlier work: the head of a tile waits for the pairs of its tail.
-        cluster = mg.Int(layout.clusters - 1) - mg.block_index() // PAIR
-        self.share = cluster * layout.parts + self.part
-        self.first, self.end = layout.begin(self.share), layout.begin(self.share + 1)
+        self.rank = mg.cluster_rank()
+        # Later numbers are for earlier work: the head of a tile waits for the clusters of its tail.
+        self.cluster = mg.Int(layout.clusters - 1) - mg.block_index() // CLUSTER
+        self.first, self.end = layout.begin(self.cluster), layout.begin(self.cluster + 1)
         self.out = mg.global_address(out)
         if layout.splits:
             self.sums, self.flags = mg.global_address(sums), mg.global_address(flags)
@@ -161,7 +152,7 @@ class _Block:
         slots = self.tiles.slots
         self.barriers = mg.Barriers(scratch["barriers"], 2 * slots)
 
-    # Slots: step p of a pair's share; the first barriers are for full slots, the others for free.
+    # Slots: step p of a block's share; the first barriers are for full slots, the others for free.
 
     def wait_full(self, p: mg.Int) -> None:
         slots = self.tiles.slots
@@ -172,11 +163,10 @@ class _Block:
         self.barriers.wait(p % slots + slots, p // slots + 1 & 1)
 
     def release(self, p: mg.Int) -> None:
-        """By a warp: leave a slot, in both blocks of the pair: each fills part of the other's."""
+        """By a warp: leave a slot, in both blocks: each fills part of the other's."""
         lane = self.thread & 31
-        with mg.when(lane < PAIR):
-            there = self.part * PAIR + lane
-            self.barriers.arrive_at(p % self.tiles.slots + self.tiles.slots, there)
+        with mg.when(lane < CLUSTER):
+            self.barriers.arrive_at(p % self.tiles.slots + self.tiles.slots, lane)
 
     # Copying
 
@@ -189,15 +179,9 @@ class _Block:
     def origin(self, tile: mg.Int) -> tuple[mg.Int, mg.Int]:
         """This block's first output and first row of x of a tile."""
         output, row = self.layout.tile(tile)
-        return (output * PAIR + self.rank) * OUTPUTS, row * self.tiles.rows
+        return (output * CLUSTER + self.rank) * OUTPUTS, row * self.tiles.rows
 
     def copy(self) -> None:
-        self.copy_share()
-        if self.layout.parts > 1:  # `exchange` waits for all threads
-            mg.sync_cluster()
-            mg.sync_cluster(ordered=True)
-
-    def copy_share(self) -> None:
         thread, count = self.thread - MULTIPLYING, self.end - self.first << 1
         layer = mg.Int(0)
         if self.problem.stacked:
@@ -276,27 +260,30 @@ class _Block:
             start = mg.select(begins, head, self.first)
             stop = tail.at_most(self.end)
             acc, a = self.product(start - self.first << 1, stop - start, a)
-            if self.layout.parts > 1:
-                self.write(self.exchange(acc), tile, self.part)
-                return a
             if not self.layout.splits:
                 self.write(acc, tile)
                 return a
-            last = self.layout.share_of(tail - 1)
-            others = mg.select(begins, mg.select(ends, mg.Int(0), last - self.share), 0)
-            acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, self.share + 1 + j))
+            last = self.layout.cluster_of(tail - 1)
+            others = mg.select(begins, mg.select(ends, mg.Int(0), last - self.cluster), 0)
+            acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, self.cluster + 1 + j))
             mg.branch(begins, lambda: self.write(acc, tile), lambda: self.write_sum(acc))
             return a
 
-        a = self.left.decode(self.at, self.load(mg.Int(0)), self.planes)
-        mg.loop(count, [word.value for word in a], segment)
+        with mg.when(self.at.warpgroup.equals(1)):
+            self.sync_start()
+        mg.loop(count, [word.value for word in self.operand(mg.Int(0))], segment)
 
-    def load(self, p: mg.Int) -> list[mg.Int]:
-        """Wait for a step, and load this lane's part of its packed bytes."""
+    def sync_start(self) -> None:
+        """Let the first warpgroup lead by two steps: one stores a tile while the other works."""
+        mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
+
+    def operand(self, p: mg.Int) -> list[mg.Int]:
+        """Wait for a step, and decode it."""
         self.wait_full(p)
         slot, left = p % self.tiles.slots, self.left
         packed = self.packed + slot * (left.box[0] * left.box[1])
-        return left.load(self.at, packed, self.scales + slot * (4 * left.scale_words))
+        scales = self.scales + slot * (4 * left.scale_words)
+        return left.words(self.at, packed, scales, self.planes)
 
     def start(self, p: mg.Int, a: list[mg.Int], acc: list) -> list:
         """Start the product with a step of x."""
@@ -304,69 +291,38 @@ class _Block:
         return mg.wgmma_start(acc, a, mg.swizzled_descriptor(x), 32 >> 4, self.problem.dtype)
 
     def product(self, p0: mg.Int, units: mg.Int, a: list) -> tuple[list, list]:
-        """The sum of some units, from step p0, whose operand is `a`; the next step's operand.
-
-        The tensor cores multiply a step while the next is decoded.
-        """
-        size, last = self.tiles.rows // 2, (self.end - self.first << 1) - 1
+        """The sum of some units, from step p0, whose operand is `a`; the next step's operand."""
+        size = self.tiles.rows // 2
+        last = (self.end - self.first << 1) - 1
 
         def unit(i: mg.Int, carry: list) -> list:
-            acc, words = carry[:size], [mg.Int(word) for word in carry[size:]]
-            before, a = words[:16], words[16:]
-            for half in range(2):
-                p = p0 + (i << 1) + half
-                acc = self.start(p, a, acc)
-                words = self.load((p + 1).at_most(last))  # the last again, to no effect
-                mg.wgmma_wait(1, before)
-                if half:
-                    self.release(p - 1)
-                else:
-                    with mg.when(mg.Int(0) < i):
-                        self.release(p - 1)
-                before, a = a, self.left.decode(self.at, words, self.planes)
-            return acc + [word.value for word in before + a]
+            acc, a = carry[:size], [mg.Int(word) for word in carry[size:]]
+            p = p0 + (i << 1)
+            acc = self.start(p, a, acc)
+            b = self.operand(p + 1)
+            acc = self.start(p + 1, b, acc)
+            mg.wgmma_wait(1, a)
+            self.release(p)
+            a = self.operand((p + 2).at_most(last))  # the last is decoded again, to no effect
+            acc = mg.wgmma_finish(acc, b)
+            self.release(p + 1)
+            with mg.when(mg.both(p.equals(0), self.at.warpgroup.equals(0))):
+                self.sync_start()
+            return acc + [word.value for word in a]
 
-        carry = mg.loop(units, [mg.zero()] * size + a + a, unit)
-        acc = mg.wgmma_finish(carry[:size], [mg.Int(word) for word in carry[size : size + 16]])
-        self.release(p0 + (units << 1) - 1)
-        return acc, carry[size + 16 :]
+        carry = mg.loop(units, [mg.zero()] * size + a, unit)
+        return carry[:size], carry[size:]
 
     # Results
 
-    def exchange(self, acc: list) -> list:
-        """Give the other parts their rows of x of this one's sum; return the sum of its own."""
-        parts, each = self.layout.parts, len(acc) // self.layout.parts
-        mg.sync_cluster()  # all have left their slots, where the sums go now
-        # A part has a buffer for each other one, in the order in which they follow it.
-        buffer, step = self.x + (self.thread << 4), 16 * MULTIPLYING
-        for owner in range(parts):
-            with mg.when(mg.Int(0) < (self.part ^ owner)):
-                place = (self.part + (parts - 1 - owner)) % parts * (each // 4 * step)
-                there = mg.address_at(buffer + place, self.rank + PAIR * owner)
-                for i in range(0, each, 4):
-                    mg.store_floats_at(there + i // 4 * step, acc[owner * each + i :][:4])
-        mg.sync_cluster(ordered=True)
-        own = acc[:each]
-        for owner in range(1, parts):
-            mine, other = self.part.equals(owner), acc[owner * each :]
-            own = [mg.select_float(mine, a, b) for a, b in zip(other, own)]
-        for i in range(parts - 1):
-            places = range(i * (each // 4), (i + 1) * (each // 4))
-            others = [v for place in places for v in mg.load_floats(buffer + place * step, 4)]
-            own = [mg.add(a, b) for a, b in zip(own, others, strict=True)]
-        return own
-
-    def write(self, acc: list, tile: mg.Int, part: mg.Int | None = None) -> None:
-        """Store a tile, or a part's rows of it, 64 at a time, through shared memory."""
+    def write(self, acc: list, tile: mg.Int) -> None:
+        """Store a tile, 64 rows of x at a time, through shared memory."""
         output0, row0 = self.origin(tile)
-        rows = 2 * len(acc)
-        if part is not None:
-            row0 = row0 + part * rows
         at, outputs = self.at, self.left.outputs
         thread = self.thread & (mg.WARPGROUP - 1)
         staging, chunk = self.staging + (at.warpgroup << 13), thread & 7
         column = output0 + (at.warpgroup << 6) + (chunk << 3)
-        for first in range(0, rows, 64):
+        for first in range(0, self.tiles.rows, 64):
             self.sync_warpgroup()
             self.left.stage(at, acc, staging, first)
             self.sync_warpgroup()
@@ -378,26 +334,26 @@ class _Block:
                     place = line.wide() * outputs + column.wide()
                     mg.store_words(self.out + (place << 1), words)
 
-    def sums_of(self, share: mg.Int) -> tuple[list[mg.Int], mg.Int]:
-        """Where this thread's part of a pair's sum is, 4 floats at a time, and its flag."""
+    def sums_of(self, cluster: mg.Int) -> tuple[list[mg.Int], mg.Int]:
+        """Where this thread's part of a cluster's sum is, 4 floats at a time, and its flag."""
         count = self.tiles.rows // 8
-        block = share * PAIR + self.rank
+        block = cluster * CLUSTER + self.rank
         start = self.sums + (block * (count * MULTIPLYING) + self.thread).wide() * 16
         flag = self.flags + (block * MULTIPLIERS + self.at.warpgroup << 2).wide()
         return [start + 16 * MULTIPLYING * i for i in range(count)], flag
 
     def write_sum(self, acc: list) -> None:
-        """Leave the sum of a tile's tail to the pair that has its head."""
-        places, flag = self.sums_of(self.share)
+        """Leave the sum of a tile's tail to the cluster that has its head."""
+        places, flag = self.sums_of(self.cluster)
         for i, place in enumerate(places):
             mg.store_floats(place, acc[4 * i : 4 * i + 4])
         self.sync_warpgroup()
         with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
             mg.signal(flag)
 
-    def add_sum(self, acc: list, share: mg.Int) -> list:
-        """Add what another pair has left."""
-        places, flag = self.sums_of(share)
+    def add_sum(self, acc: list, cluster: mg.Int) -> list:
+        """Add what another cluster has left."""
+        places, flag = self.sums_of(cluster)
         with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
             mg.await_signal(flag)
         self.sync_warpgroup()
@@ -413,7 +369,7 @@ class _Block:
         slots = self.tiles.slots
         with mg.when(self.thread.equals(0)):
             # The copier's warps arrive and each copy; the multipliers' warps of both blocks.
-            self.barriers.initialize(4 + 2, [PAIR * MULTIPLYING // mg.WARP] * slots)
+            self.barriers.initialize(4 + 2, [CLUSTER * MULTIPLYING // mg.WARP] * slots)
         if self.problem.double:
             self.copy_table()
         mg.sync_block()
@@ -446,8 +402,7 @@ class _Block:
 
         (multiplies, *multiply), (_, *copy) = self.roles()
         mg.branch(multiplies, lambda: start(*multiply), lambda: start(*copy))
-        if self.layout.parts == 1:
-            mg.sync_cluster()  # the other block may still reach into this one
+        mg.sync_cluster()  # the other block may still reach into this one
 
 
 @functools.cache
@@ -456,7 +411,7 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
     layout = Layout(problem, tiles, transpose, sms)
     out_types = [jax.ShapeDtypeStruct((problem.m, layout.left.outputs), problem.dtype)]
     if layout.splits:
-        sums = (layout.shares, PAIR, tiles.rows // 2, MULTIPLYING)
+        sums = (layout.clusters, CLUSTER, tiles.rows // 2, MULTIPLYING)
         out_types.append(jax.ShapeDtypeStruct(sums, jnp.float32))
 
     def qjax_matmul_large(x, packed, scales, codebook, layer, out, *rest):
@@ -464,7 +419,7 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
         refs = Operands(x, packed, scales, codebook, layer)
         flags = []
         if layout.splits:  # zero at the start of each call
-            count = layout.shares * PAIR * MULTIPLIERS
+            count = layout.clusters * CLUSTER * MULTIPLIERS
             flags = [pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))]
         arguments = (refs, out, tuple(sums), tuple(flags), scratch)
         types = jax.tree.map(lambda _: plgpu.RefType(), arguments)
@@ -481,8 +436,8 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
         out_type=out_types,
         grid=(layout.clusters,),
         grid_names=("cluster",),
-        cluster=(layout.parts, PAIR),
-        cluster_names=("part", "block"),
+        cluster=(CLUSTER,),
+        cluster_names=("block",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
         scratch_types=[layout.scratch()],

@@ -139,30 +139,31 @@ class Rows(_Left):
     def store_scale(self, address: mg.Int, scale) -> None:
         mg.store(address, mg.pack_pair(scale, scale, self.problem.dtype))
 
-    def load(self, at: Lane, packed: mg.Int, scales: mg.Int) -> list[mg.Int]:
-        """What a lane needs of a step: 8 packed words of each of its rows, and their scales."""
+    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, planes: list[mg.Int]):
+        """The operand of a step: 4 words for each 16 k."""
         row = (at.warpgroup << 6) + (at.warp << 4) + at.group
         packed, twist = packed + (row << 5), row >> 2 & 1  # the swizzle
-        words = []
+        rows = []
         for start in (packed, packed + 8 * 32):
-            words += mg.load_words(start + (twist << 4))
-            words += mg.load_words(start + ((twist ^ 1) << 4))
+            chunks = [
+                mg.load_words(start + (twist << 4)),
+                mg.load_words(start + ((twist ^ 1) << 4)),
+            ]
+            rows.append(chunks[0] + chunks[1])
+        upper, lower = rows
         scales = scales + (row << 2)
-        for start in range(0, 4 * self.scale_words, 4 * OUTPUTS):
-            words += [mg.load_word(scales + start + 32 * half) for half in range(2)]
-        return words
-
-    def decode(self, at: Lane, words: list[mg.Int], planes: list[mg.Int]) -> list[mg.Int]:
-        """The operand of a step: 4 words for each 16 k."""
-        upper, lower, scales = words[:8], words[8:16], words[16:]
+        starts = range(0, 4 * self.scale_words, 4 * OUTPUTS)
+        pairs = [
+            [mg.load_word(scales + start + 32 * half) for half in range(2)] for start in starts
+        ]
         own_bytes = at.quad * 0x11 + 0x40  # byte q of two words
         a = []
         for i in range(4):
             two = slice(2 * i, 2 * i + 2)
-            bytes_ = [mg.permute(*row[two], own_bytes) for row in (upper, lower)]
+            bytes_ = [mg.permute(*words[two], own_bytes) for words in (upper, lower)]
             word = mg.permute(*bytes_, mg.Int(0x5410))
             values = decode_permuted(word, planes)
-            upper_scale, lower_scale = scales[16 * i // self.span * 2 :][:2]
+            upper_scale, lower_scale = pairs[16 * i // self.span]
             order = ((0, upper_scale), (2, lower_scale), (1, upper_scale), (3, lower_scale))
             a += [mg.mul_pairs(values[j], scale, self.problem.dtype) for j, scale in order]
         return a
@@ -211,19 +212,15 @@ class Columns(_Left):
     def store_scale(self, address: mg.Int, scale) -> None:
         mg.store(address, mg.round_to(scale, self.problem.dtype))
 
-    def load(self, at: Lane, packed: mg.Int, scales: mg.Int) -> list[mg.Int]:
-        """What a lane needs of a step: 8 pairs of weight rows, and 8 pairs of scales."""
+    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, planes: list[mg.Int]):
+        """The operand of a step: 4 words for each 16 n."""
         chunk = (at.warpgroup << 1) + (at.warp >> 1)
         packed = packed + (at.lane << 6) + ((chunk ^ (at.lane >> 1 & 3)) << 4)
         pairs = mg.load_matrices_transposed(packed)
         pairs += mg.load_matrices_transposed(packed + 32 * 64)
         block = at.warpgroup if self.span == STEP else chunk
         scales = scales + (block << 7) + (at.quad << 5)
-        return pairs + mg.load_words(scales) + mg.load_words(scales + 16)
-
-    def decode(self, at: Lane, words: list[mg.Int], planes: list[mg.Int]) -> list[mg.Int]:
-        """The operand of a step: 4 words for each 16 n."""
-        pairs, scales = words[:8], words[8:]
+        scales = mg.load_words(scales) + mg.load_words(scales + 16)
         own_bytes = (at.warp & 1) * 0x1111 + 0x6420
         a = []
         for i in range(0, 8, 2):

@@ -10,7 +10,6 @@ Where a kernel's threads have roles, each role runs by itself, and its waits las
 import contextlib
 import math
 import threading
-import types
 
 import numpy as np
 
@@ -94,21 +93,11 @@ class Reference:
 
 
 class Machine:
-    """The blocks that run at a time, one of each part of a cluster, and the global memory."""
+    """One block at a time, and the global memory."""
 
     def __init__(self, threads):
-        self.threads, self.globals = threads, []
+        self.threads, self.block, self.globals = threads, 0, []
         self.local, self.changed, self.patience = threading.local(), threading.Condition(), 0
-        self.meeting = threading.Barrier(1)
-
-    @property
-    def here(self) -> types.SimpleNamespace:
-        """The block at hand: its number, part, shared memory and barriers."""
-        return self.local.here
-
-    @property
-    def shared(self) -> np.ndarray:
-        return self.here.shared
 
     @property
     def mask(self) -> np.ndarray:
@@ -127,37 +116,31 @@ class Machine:
         self.globals.append(padded)
         return Reference(len(self.globals) << 32, data.shape, data.itemsize)
 
-    def start_block(self, block, part, scratch) -> dict:
-        self.mask = np.ones(self.threads, bool)
-        shared = np.full(SHARED, 0xFF, np.uint8)
-        self.local.here = types.SimpleNamespace(block=block, part=part, shared=shared, barriers={})
+    def start_block(self, block, scratch) -> dict:
+        self.block, self.mask = block, np.ones(self.threads, bool)
+        self.shared, self.barriers = np.full(SHARED, 0xFF, np.uint8), {}
         references, place = {}, 1024  # address 0 is nobody's
         for name, ref in scratch.items():
             references[name] = Reference(place, ref.shape, np.dtype(ref.dtype).itemsize)
             place += -(-references[name].size // 1024) * 1024
         return references
 
-    def run_roles(self, blocks) -> None:
+    def run_roles(self, block) -> None:
         """Each in a thread of its own; an error in one ends the wait of the others."""
         errors = []
 
-        def run(here, mask, body):
-            self.local.here, self.mask = here, mask
+        def run(mask, body):
+            self.mask = mask
             try:
                 body()
             except BaseException as error:
                 errors.append(error)
                 self.patience = 0
-                self.meeting.abort()
                 with self.changed:
                     self.changed.notify_all()
 
         self.patience = 60
-        roles = []
-        for here, block in blocks:
-            self.local.here = here
-            roles += [(here, mask, body) for mask, _, body in block.roles()]
-        self.meeting, self.parts = threading.Barrier(len(roles)), [here for here, _ in blocks]
+        roles = [(mask, body) for mask, _, body in block.roles()]
         threads = [threading.Thread(target=run, args=role) for role in roles]
         for thread in threads:
             thread.start()
@@ -241,7 +224,7 @@ class Barriers:
         counts = [arrivals] * (self.count - len(last)) + list(last)
         assert machine.mask.sum() == 1
         for i, count in enumerate(counts):
-            machine.here.barriers[self.base + 8 * i] = Phase(count)
+            machine.barriers[self.base + 8 * i] = Phase(count)
 
     def address(self, slot):
         assert (slot.value[machine.mask] < self.count).all()
@@ -269,13 +252,13 @@ class Barriers:
     def wait(self, slot, parity):
         address = self.address(slot)
         for thread in machine.active():
-            phase, odd = machine.here.barriers[int(address.value[thread])], parity.value[thread]
+            phase, odd = machine.barriers[int(address.value[thread])], parity.value[thread]
             assert phase.wait(odd), "waits for ever"
 
 
 def change(address, arrivals, size):
     with machine.changed:
-        machine.here.barriers[address].change(arrivals, size)
+        machine.barriers[address].change(arrivals, size)
         machine.changed.notify_all()
 
 
@@ -449,30 +432,19 @@ def float_of(data):
     return data.view(np.float32)[:, 0]
 
 
-def store_floats_at(address, values):
-    """To the block of the rank in the address's top byte; rank / 2 is its part."""
-    for thread in machine.active():
-        rank, place = divmod(int(address.value[thread]), 1 << 24)
-        there = machine.parts[rank // 2].shared
-        there[place : place + 16] = np.stack([v[thread] for v in values]).view(np.uint8)
-
-
 PRIMITIVES = {
     "Int": Register,
     "Barriers": Barriers,
     "thread_index": lambda: Register(np.arange(machine.threads, dtype=np.uint32)),
-    "block_index": lambda: Register(machine.here.block),
-    "cluster_rank": lambda: (Register(machine.here.block % 2), Register(machine.here.part)),
-    "address_at": lambda address, rank: (rank << 24) + address,
-    "store_floats_at": store_floats_at,
-    "select_float": np.where,
+    "block_index": lambda: Register(machine.block),
+    "cluster_rank": lambda: Register(machine.block % 2),
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
     "both": lambda a, b: a & b,
     "when": when,
     "branch": branch,
     "loop": loop,
     "sync_block": lambda: None,
-    "sync_cluster": lambda ordered=False: machine.meeting.wait(60),
+    "sync_cluster": lambda: None,
     "sync_warp": lambda: None,
     "shuffle": lookup_lane,
     "and_or": lambda a, b, c: (a & b) | c,
@@ -523,11 +495,8 @@ PRIMITIVES = {
 machine: Machine
 
 
-def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block, parts=1):
-    """Run `make_block(references, out, scratch).run()` for each block; gives the output array.
-
-    `blocks` are those of each of the `parts` of a cluster.
-    """
+def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block):
+    """Run `make_block(references, out, scratch).run()` for each block; gives the output array."""
     global machine
     machine = Machine(threads)
     for name, value in PRIMITIVES.items():
@@ -540,16 +509,12 @@ def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_bl
     target = machine.allocate_global(out)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in range(blocks):
-            bodies = []
-            for part in range(parts):
-                scratch = machine.start_block(block, part, layout.scratch(tiles))
-                bodies.append((machine.here, make_block(references, target, scratch)))
-                if hasattr(bodies[-1][1], "roles"):
-                    bodies[-1][1].setup()
-                else:
-                    bodies[-1][1].run()
-            if hasattr(bodies[0][1], "roles"):
-                machine.run_roles(bodies)
-                machine.meeting = threading.Barrier(1)
+            scratch = machine.start_block(block, layout.scratch(tiles))
+            body = make_block(references, target, scratch)
+            if hasattr(body, "roles"):
+                body.setup()
+                machine.run_roles(body)
+            else:
+                body.run()
     data = machine.memory(target.address)[0][: out.nbytes]
     return data.view(out.dtype).reshape(out.shape)
