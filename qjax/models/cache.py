@@ -11,6 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.models.packed_cache import (
+    BITS,
+    PackedKeys,
+    PackedValues,
+    check_kv_format,
+    place,
+    read,
+)
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far.
@@ -18,14 +27,15 @@ class KVCache(NamedTuple):
     Attributes:
         k, v: per layer [B, kv_heads, slots, head_dim] in a tuple; or all layers stacked in one
             array [layers, B, kv_heads, slots, head_dim] for a model that scans over its layers.
-            What a head reads lies together.
+            What a head reads lies together. In 8 or 4 bits `PackedKeys` and `PackedValues` stand
+            for the arrays.
         valid: bool [B, slots].
         length: int32 scalar, the slots written so far; a NumPy scalar while nothing is written, so
             that this is known when a call is traced.
     """
 
-    k: tuple[jax.Array, ...] | jax.Array
-    v: tuple[jax.Array, ...] | jax.Array
+    k: tuple[jax.Array | PackedKeys, ...] | jax.Array | PackedKeys
+    v: tuple[jax.Array | PackedValues, ...] | jax.Array | PackedValues
     valid: jax.Array
     length: jax.Array | np.generic
 
@@ -35,23 +45,47 @@ class KVCache(NamedTuple):
         return self.valid.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
     def is_fresh(self) -> bool:
         """Whether it is known to be empty."""
         return isinstance(self.length, np.generic) and self.length == 0
 
 
 def init_cache(
-    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, stacked: bool
+    layers: int,
+    batch: int,
+    slots: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype,
+    stacked: bool,
+    kv_format: str | None = None,
 ) -> KVCache:
-    """Return an empty cache. `stacked` chooses one array for all layers over a tuple of arrays."""
+    """Return an empty cache.
+
+    Args:
+        stacked: one array for all layers in place of a tuple of arrays.
+        kv_format: "int8" or "int4" (`qjax.models.packed_cache`); None is `dtype`.
+    """
+    check_kv_format(kv_format, head_dim)
     shape = (batch, kv_heads, slots, head_dim)
-
-    def zeros():
-        if stacked:
-            return jnp.zeros((layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-
-    return KVCache(zeros(), zeros(), jnp.zeros((batch, slots), jnp.bool_), np.int32(0))
+    if kv_format is None:
+        makers = [lambda shape: jnp.zeros(shape, dtype)] * 2
+    else:
+        bits = BITS[kv_format]
+        makers = [
+            lambda shape: PackedKeys.zeros(shape, dtype, bits),
+            lambda shape: PackedValues.zeros(shape, bits),
+        ]
+    k, v = (
+        make((layers, *shape)) if stacked else tuple(make(shape) for _ in range(layers))
+        for make in makers
+    )
+    return KVCache(k, v, jnp.zeros((batch, slots), jnp.bool_), np.int32(0))
 
 
 def write(
@@ -63,19 +97,22 @@ def write(
     cache, and may be traced for a stacked one. `valid` and `length` are the caller's: they move
     once a step, not once a layer.
     """
-    new_k, whole_k = _write(cache.k, layer, k, cache.length)
-    new_v, whole_v = _write(cache.v, layer, v, cache.length)
-    return cache._replace(k=new_k, v=new_v), whole_k, whole_v
+    new_k, whole_k = _write(cache.k, layer, k.swapaxes(1, 2), cache.length)
+    new_v, whole_v = _write(cache.v, layer, v.swapaxes(1, 2), cache.length)
+    # Packed keys are in groups, of which the last may end behind the slots.
+    whole = (whole[:, :, : cache.slots].swapaxes(1, 2) for whole in (whole_k, whole_v))
+    return cache._replace(k=new_k, v=new_v), *whole
 
 
-def _write(store, layer, new: jax.Array, start):
-    new, zero = new.swapaxes(1, 2), np.int32(0)
-    if isinstance(store, tuple):
-        new = new.astype(store[layer].dtype)
-        whole = jax.lax.dynamic_update_slice(store[layer], new, (zero, zero, start, zero))
-        return (*store[:layer], whole, *store[layer + 1 :]), whole.swapaxes(1, 2)
-    # Only the new slots are written, so that a donated or loop-carried cache changes in place.
-    at = (jnp.asarray(layer, jnp.int32), zero, zero, start, zero)
-    store = jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], at)
-    whole = jax.lax.dynamic_index_in_dim(store, layer, axis=0, keepdims=False)
-    return store, whole.swapaxes(1, 2)
+def _write(held, layer, new: jax.Array, start):
+    if isinstance(held, tuple):
+        one, whole = _write_one(held[layer], None, new, start)
+        return (*held[:layer], one, *held[layer + 1 :]), whole
+    return _write_one(held, layer, new, start)
+
+
+def _write_one(held, layer, new: jax.Array, start):
+    if isinstance(held, PackedKeys | PackedValues):
+        return held.write(layer, new, start)
+    held = place(held, layer, new, start)
+    return held, read(held, layer)
