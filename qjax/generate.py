@@ -22,9 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jax.experimental.layout import Format, Layout
 
-from pallas_kernels.dispatch import target
 from qjax.sampling import Sampling, choose, make_sampling
 
 
@@ -275,32 +273,10 @@ def _model(graphdef, params) -> Any:
     return nnx.view(model, deterministic=True, raise_if_not_found=False)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _cast(adapters, dtype):
-    """Cast adapters once, as each product would.
-
-    On one GPU the columns of A are made to lie together as well: x A of a single row is as many
-    sums over them.
-    """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(adapters)
-    formats = None
-    if paths and target().is_cuda and jax.device_count() == 1:
-        formats = tuple(_format(path, leaf) for path, leaf in paths)
-    return jax.tree.unflatten(treedef, _caster(formats, dtype)([leaf for _, leaf in paths]))
-
-
-@functools.cache
-def _caster(formats, dtype):
-    def cast(leaves):
-        return [leaf.astype(dtype) for leaf in leaves]
-
-    return jax.jit(cast) if formats is None else jax.jit(cast, out_shardings=list(formats))
-
-
-def _format(path, leaf: jax.Array) -> Format:
-    axes = list(range(leaf.ndim))
-    if "lora_a" in jax.tree_util.keystr(path):
-        axes[-2:] = axes[:-3:-1]
-    return Format(Layout(tuple(axes)), leaf.sharding)
+    """Cast adapters once, as each product would."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), adapters)
 
 
 def _bucket(n: int) -> int:

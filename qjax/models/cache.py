@@ -5,11 +5,14 @@ Slots are columns of the batch: token `t` of every row sits in slot `t`, padding
 padded rows of different lengths share one write index.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import decode_attention
 
 
 class KVCache(NamedTuple):
@@ -54,18 +57,41 @@ def init_cache(
     return KVCache(zeros(), zeros(), jnp.zeros((batch, slots), jnp.bool_), np.int32(0))
 
 
-def write(
-    cache: KVCache, layer, k: jax.Array, v: jax.Array
-) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Write k and v of T tokens at the cache's length; return it and the layer's whole k and v.
+def write(cache: KVCache, layer, k: jax.Array, v: jax.Array) -> KVCache:
+    """Write k and v [B, T, kv_heads, head_dim] of T tokens at the cache's length.
 
-    k, v are [B, T, kv_heads, head_dim], and so are the whole ones. `layer` is an int for a tuple
-    cache, and may be traced for a stacked one. `valid` and `length` are the caller's: they move
-    once a step, not once a layer.
+    `layer` is an int for a tuple cache, and may be traced for a stacked one. `valid` and `length`
+    are the caller's: they move once a step, not once a layer.
     """
-    new_k, whole_k = _write(cache.k, layer, k, cache.length)
-    new_v, whole_v = _write(cache.v, layer, v, cache.length)
-    return cache._replace(k=new_k, v=new_v), whole_k, whole_v
+    k, v = (_write(store, layer, new, cache.length) for store, new in ((cache.k, k), (cache.v, v)))
+    return cache._replace(k=k, v=v)
+
+
+def read(cache: KVCache, layer) -> tuple[jax.Array, jax.Array]:
+    """Return a layer's k and v, all slots: [B, slots, kv_heads, head_dim]."""
+    if not isinstance(cache.k, tuple):
+        take = functools.partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
+        return take(cache.k, layer).swapaxes(1, 2), take(cache.v, layer).swapaxes(1, 2)
+    return cache.k[layer].swapaxes(1, 2), cache.v[layer].swapaxes(1, 2)
+
+
+def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> jax.Array:
+    """Attend to a layer with the one query a row that was written last.
+
+    Args:
+        q: [B, 1, heads, head_dim].
+        mask: bool [B or 1, 1, 1, slots].
+        scale: as in `attend`.
+
+    Returns:
+        Of q's shape and dtype.
+    """
+    mask = jnp.broadcast_to(mask[:, 0, 0], cache.valid.shape)
+    k, v, index = cache.k, cache.v, layer
+    if isinstance(k, tuple):
+        k, v, index = k[layer], v[layer], None
+    length = cache.length + 1
+    return decode_attention(q[:, 0], k, v, mask, length, scale=scale, layer=index)[:, None]
 
 
 def _write(store, layer, new: jax.Array, start):
@@ -73,9 +99,7 @@ def _write(store, layer, new: jax.Array, start):
     if isinstance(store, tuple):
         new = new.astype(store[layer].dtype)
         whole = jax.lax.dynamic_update_slice(store[layer], new, (zero, zero, start, zero))
-        return (*store[:layer], whole, *store[layer + 1 :]), whole.swapaxes(1, 2)
+        return (*store[:layer], whole, *store[layer + 1 :])
     # Only the new slots are written, so that a donated or loop-carried cache changes in place.
     at = (jnp.asarray(layer, jnp.int32), zero, zero, start, zero)
-    store = jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], at)
-    whole = jax.lax.dynamic_index_in_dim(store, layer, axis=0, keepdims=False)
-    return store, whole.swapaxes(1, 2)
+    return jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], at)

@@ -16,6 +16,7 @@ from pallas_kernels.dispatch import target
 from qjax.ops.explicit import compiled, entries
 from qjax.ops.matmul import parse
 
+_PARTS = 16  # of a sum over K: each is a few blocks of threads
 _FEW_ROWS = 32  # up to here a product with B takes the time of a kernel, not of its bytes
 
 
@@ -40,12 +41,12 @@ def lora_matmul(
     rows = math.prod(lead)
 
     def product(x, a, b):
+        x = x.reshape(*batch, rows, x.shape[-1])
+        a = a.reshape(*batch, x.shape[-1], rank).astype(x.dtype)
+        few = not batch and rows <= _FEW_ROWS and target().is_cuda
         # Products of 16-bit operands accumulate in float32; a float32 result would only be rounded.
-        hidden = jnp.matmul(
-            x.reshape(*batch, rows, x.shape[-1]),
-            a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
-        )
-        if not batch and rows <= _FEW_ROWS and target().is_cuda:
+        hidden = one_row(x, a) if few and rows == 1 else jnp.matmul(x, a)
+        if few:
             y = few_rows(hidden, b.reshape(b.shape[0], -1), sections)
         else:
             b = block_diagonal(b, sections)
@@ -73,6 +74,20 @@ def block_diagonal(b: jax.Array, sections: tuple[int, ...] | None) -> jax.Array:
     mine = np.repeat(np.arange(count), rank)[:, None] == owner[None, :]
     stacked = jnp.concatenate([b] * count, axis=-2)
     return jnp.where(mine.reshape((1,) * (b.ndim - 2) + mine.shape), stacked, 0)
+
+
+def one_row(x: jax.Array, a: jax.Array) -> jax.Array:
+    """Return x [1, K] times A [K, R] as sums over parts of K, and their sum written out.
+
+    The compiler makes the parts one kernel, where its own product of so flat a shape is two, and
+    fuses what is written out into what follows.
+    """
+    k, rank = a.shape
+    parts = math.gcd(k, _PARTS)
+    shape = (parts, k // parts)
+    terms = x.reshape(*shape, 1).astype(jnp.float32) * a.reshape(*shape, rank).astype(jnp.float32)
+    sums = jnp.sum(terms, axis=1)
+    return functools.reduce(jnp.add, (sums[i] for i in range(parts)))[None].astype(x.dtype)
 
 
 def few_rows(hidden: jax.Array, b: jax.Array, sections: tuple[int, ...] | None) -> jax.Array:
