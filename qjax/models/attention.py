@@ -73,6 +73,8 @@ class Attention(nnx.Module):
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             return q.reshape(heads), k.reshape(heads), v.reshape(heads)
         qkv = self.qkv_proj(x)
+        if x.shape[1] == 1:  # each use of it would sum up the adapter again
+            qkv = jax.lax.optimization_barrier(qkv)
         if c.fused_qkv == "heads":
             qkv = qkv.reshape(*x.shape[:2], c.num_attention_heads, 3, c.head_dim)
             return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]

@@ -16,7 +16,6 @@ from pallas_kernels.dispatch import target
 from qjax.ops.explicit import compiled, entries
 from qjax.ops.matmul import parse
 
-_PARTS = 16  # of a sum over K: each is a few blocks of threads
 _FEW_ROWS = 32  # up to here a product with B takes the time of a kernel, not of its bytes
 
 
@@ -26,6 +25,7 @@ def lora_matmul(
     b: jax.Array,
     batch_ndim: int = 0,
     sections: tuple[int, ...] | None = None,
+    by_columns: bool = False,
 ) -> jax.Array:
     """Return (x A) B for x [*batch, ..., K]: [*batch, ..., *out], in x's dtype.
 
@@ -35,18 +35,23 @@ def lora_matmul(
         b: [*batch, rank, *out].
         batch_ndim: number of batch axes.
         sections: of a layer that stands for several: see `block_diagonal`.
+        by_columns: A is given transposed, [rank, K], without batch axes: on a GPU x A of one row is
+            then a kernel.
     """
-    batch, rank = a.shape[:batch_ndim], a.shape[-1]
+    batch, rank = a.shape[:batch_ndim], a.shape[0 if by_columns else -1]
     lead, out = x.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
     rows = math.prod(lead)
 
     def product(x, a, b):
         x = x.reshape(*batch, rows, x.shape[-1])
-        a = a.reshape(*batch, x.shape[-1], rank).astype(x.dtype)
-        few = not batch and rows <= _FEW_ROWS and target().is_cuda
+        a = a.astype(x.dtype).T if by_columns else a.astype(x.dtype)
         # Products of 16-bit operands accumulate in float32; a float32 result would only be rounded.
-        hidden = one_row(x, a) if few and rows == 1 else jnp.matmul(x, a)
-        if few:
+        if by_columns and rows == 1:
+            terms = x.astype(jnp.float32).T * a.astype(jnp.float32)
+            hidden = jnp.sum(terms, axis=0, keepdims=True).astype(x.dtype)
+        else:
+            hidden = jnp.matmul(x, a.reshape(*batch, x.shape[-1], rank))
+        if not batch and rows <= _FEW_ROWS and target().is_cuda:
             y = few_rows(hidden, b.reshape(b.shape[0], -1), sections)
         else:
             b = block_diagonal(b, sections)
@@ -74,20 +79,6 @@ def block_diagonal(b: jax.Array, sections: tuple[int, ...] | None) -> jax.Array:
     mine = np.repeat(np.arange(count), rank)[:, None] == owner[None, :]
     stacked = jnp.concatenate([b] * count, axis=-2)
     return jnp.where(mine.reshape((1,) * (b.ndim - 2) + mine.shape), stacked, 0)
-
-
-def one_row(x: jax.Array, a: jax.Array) -> jax.Array:
-    """Return x [1, K] times A [K, R] as sums over parts of K, and their sum written out.
-
-    The compiler makes the parts one kernel, where its own product of so flat a shape is two, and
-    fuses what is written out into what follows.
-    """
-    k, rank = a.shape
-    parts = math.gcd(k, _PARTS)
-    shape = (parts, k // parts)
-    terms = x.reshape(*shape, 1).astype(jnp.float32) * a.reshape(*shape, rank).astype(jnp.float32)
-    sums = jnp.sum(terms, axis=1)
-    return functools.reduce(jnp.add, (sums[i] for i in range(parts)))[None].astype(x.dtype)
 
 
 def few_rows(hidden: jax.Array, b: jax.Array, sections: tuple[int, ...] | None) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 
 import qjax
 from qjax.core.qslice import QSlice
-from qjax.ops.lora import block_diagonal, few_rows, lora_matmul, one_row
+from qjax.ops.lora import block_diagonal, few_rows, lora_matmul
 
 
 @pytest.fixture
@@ -78,10 +78,12 @@ def test_a_product_written_out_is_the_product(rows, sections, rng):
     want = np.concatenate(parts, axis=1)
     y = lora_matmul(jnp.asarray(x), jnp.asarray(a), jnp.asarray(b), sections=sections)
     np.testing.assert_allclose(y, want, atol=1e-5)  # float32 sums of 16 terms
-    hidden = x @ a if rows > 1 else one_row(jnp.asarray(x), jnp.asarray(a))
     np.testing.assert_allclose(
-        few_rows(jnp.asarray(hidden), jnp.asarray(b), sections), want, atol=1e-5
+        few_rows(jnp.asarray(x @ a), jnp.asarray(b), sections), want, atol=1e-5
     )
+    x, a, b = jnp.asarray(x), jnp.asarray(a), jnp.asarray(b)
+    y = lora_matmul(x, a.T, b, sections=sections, by_columns=True)
+    np.testing.assert_allclose(y, want, atol=1e-5)
 
 
 def test_block_diagonals_of_a_stack(rng):
