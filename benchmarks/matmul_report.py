@@ -6,7 +6,7 @@ import pathlib
 from matmul_cells import REFERENCE
 
 CELL = ("library", "k", "n", "m", "transpose", "double")
-TOLERANCE = 2.0**-6  # of the 2-norm; roundings to bfloat16 add up to 2^-8
+TOLERANCE = 2.0**-5  # of the 2-norm; roundings add up to 2^-8, partial sums in bf16 to 2^-6
 EMPTY = {"runs": {}, "matmul": []}
 
 

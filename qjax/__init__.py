@@ -10,6 +10,7 @@ from qjax.core.config import QuantConfig as QuantConfig
 from qjax.core.formats import register_format as register_format
 from qjax.core.qtensor import QTensor as QTensor
 from qjax.evaluation import evaluate as evaluate
+from qjax.evaluation import layer_errors as layer_errors
 from qjax.hf.float_weights import float_weights as float_weights
 from qjax.hf.peft import load_adapter as load_adapter
 from qjax.hf.peft import save_adapter as save_adapter

@@ -3,7 +3,9 @@
 import typer
 
 from qjax import tune
+from qjax.commands.compare import compare
 from qjax.commands.demo import demo
+from qjax.commands.eval import evaluate
 from qjax.commands.finetune import finetune
 from qjax.commands.generate import generate
 from qjax.commands.inspect import inspect
@@ -17,8 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="4-bit models in JAX and Flax.",
 )
-for _command in (demo, quantize, inspect, generate, finetune, plan):
+for _command in (demo, quantize, inspect, generate, finetune, compare, plan):
     app.command()(_command)
+app.command("eval")(evaluate)
 app.command("tune")(tune.command)
 
 if __name__ == "__main__":

@@ -63,6 +63,19 @@ def assert_same(left, right):
         assert one.tobytes() == other.tobytes()
 
 
+def assert_plain_orbax_restores(tree, folder):
+    """Orbax alone, of both of its versions, saves the tree and restores it."""
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree
+    )
+    ocp.save(folder / "v1", tree)
+    assert_same(ocp.load(folder / "v1", abstract), tree)
+    with ocp_v0.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "v0", tree)
+        checkpointer.wait_until_finished()
+        assert_same(checkpointer.restore(folder / "v0", abstract), tree)
+
+
 def zeros_like(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
@@ -295,12 +308,4 @@ def test_plain_orbax_reads_a_checkpoint(params, tmp_path):
 
 
 def test_plain_orbax_saves_and_restores_the_trees(params, tmp_path):
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
-    )
-    ocp.save(tmp_path / "v1", params)
-    assert_same(ocp.load(tmp_path / "v1", abstract), params)
-    with ocp_v0.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "v0", params)
-        checkpointer.wait_until_finished()
-        assert_same(checkpointer.restore(tmp_path / "v0", abstract), params)
+    assert_plain_orbax_restores(params, tmp_path)

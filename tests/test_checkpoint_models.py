@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp_v0
 import pytest
 from flax import nnx
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 
 import qjax
 from qjax.linen import QuantBox
-from tests.test_checkpoint import assert_same, zeros_like
+from tests.test_checkpoint import assert_plain_orbax_restores, assert_same, zeros_like
 from tests.test_checkpoint_errors import edit
 
 WIDTH = 64
@@ -338,28 +336,11 @@ def test_dropout_is_that_of_like_or_of_the_checkpoint(params, tmp_path):
 
 
 def test_linen_trees_with_plain_orbax(params, tmp_path):
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
-    )
-    ocp.save(tmp_path / "v1", params)
-    assert_same(ocp.load(tmp_path / "v1", abstract), params)
-    with ocp_v0.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "v0", params)
-        checkpointer.wait_until_finished()
-        assert_same(checkpointer.restore(tmp_path / "v0", abstract), params)
+    assert_plain_orbax_restores(params, tmp_path)
 
 
 def test_nnx_states_with_plain_orbax(model, tmp_path):
-    state = nnx.state(model, nnx.Not(nnx.RngState))
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
-    )
-    ocp.save(tmp_path / "v1", state)
-    assert_same(ocp.load(tmp_path / "v1", abstract), state)
-    with ocp_v0.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "v0", state)
-        checkpointer.wait_until_finished()
-        assert_same(checkpointer.restore(tmp_path / "v0", abstract), state)
+    assert_plain_orbax_restores(nnx.state(model, nnx.Not(nnx.RngState)), tmp_path)
 
 
 KERNEL = "ScanLinenBlock_0/Dense_0/kernel"

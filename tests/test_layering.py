@@ -37,6 +37,7 @@ LAYERS = {
     # Above the public names, which they use as any user does.
     "qjax.finetune": FLAX | {"optax", "matplotlib"},
     "qjax.demo": FLAX | {"optax", "matplotlib"},
+    "qjax.quality": FLAX,
     "qjax.commands": FLAX | {"typer"},
     "qjax.tune": FLAX | {"typer"},
     "qjax.cli": FLAX | {"typer"},

@@ -9,24 +9,12 @@ from typer.testing import CliRunner
 
 import qjax.cli
 from qjax.commands.generate import decode
+from tests.commands.words import word_tokenizer, words
 from tests.models.golden import FOLDER, reference
 
 
 def run(*args, **options):
     return CliRunner().invoke(qjax.cli.app, ["generate", *map(str, args)], **options)
-
-
-def word_tokenizer():
-    """Token n is the word "tn"."""
-    vocab = {f"t{i}": i for i in range(128)}
-    model = tokenizers.models.WordLevel(vocab, unk_token="t0")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return tokenizer
-
-
-def words(ids):
-    return " ".join(f"t{i}" for i in ids)
 
 
 @pytest.fixture

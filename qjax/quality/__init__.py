@@ -1,0 +1,1 @@
+"""How good a checkpoint is, on a text: what `qjax eval` and `qjax compare` do."""
