@@ -42,6 +42,7 @@ EIGHT_BITS = {
     "llm_int8": qjax.QuantConfig("int8", int8_threshold=6.0, compute_dtype=jnp.float32),
 }
 INPUTS = ("input_ids", "token_type_ids", "decoder_input_ids")
+IN_EIGHT_BITS = ("bert", "gpt2", "llama")
 ADAPTED = ("llama", "qwen2", "gpt2", "gpt_neox", "t5", "bert")
 
 forward = nnx.jit(lambda model, ids, **kwargs: model(ids, **kwargs))
@@ -100,6 +101,7 @@ def export(family: str, folder: Path) -> None:
     if family in ADAPTED:
         for name, config in ADAPTERS.items():
             export_adapter(family, name, config, folder, inputs)
+    if family in IN_EIGHT_BITS:
         for name, config in EIGHT_BITS.items():
             model = qjax.from_pretrained(GOLDEN / family / "hf", config=config)
             model.save_pretrained(folder / name)
