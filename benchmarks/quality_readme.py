@@ -61,7 +61,9 @@ def qat(report: Report) -> str:
     """Return the table of draws."""
     keys = ("after", "after, by GPTQ", "aware")
     rows = [[str(row["seed"]), *(f"{row[key]:.5f}" for key in keys)] for row in report["rows"]]
-    return table(["draw", "float model, rounded", "float model, by GPTQ", "trained with rounding"], rows)
+    return table(
+        ["draw", "float model, rounded", "float model, by GPTQ", "trained with rounding"], rows
+    )
 
 
 def section(name: str) -> str:

@@ -159,7 +159,7 @@ def test_act_order_needs_the_groups_of_the_inputs(tmp_path):
     tensors = load_file(packed / "model.safetensors")
     del tensors[f"{UP}.g_idx"]
     save_file(tensors, packed / "model.safetensors")
-    with pytest.raises(ValueError, match="has no '.*up_proj.g_idx'"):
+    with pytest.raises(ValueError, match=r"has no '.*up_proj\.g_idx'"):
         qjax.hf.from_pretrained(packed)
 
 
