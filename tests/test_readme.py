@@ -88,3 +88,13 @@ def test_gains_of_the_inits_are_the_measured_ones():
     for row in results["rows"]:
         measured.setdefault(row["init"], []).append(f"-{row['reduction_percent']} %")
     assert {row[0]: row[1:] for row in table_rows("| init | rank 8 |")} == measured
+
+
+def test_packed_caches_are_the_measured_ones():
+    rows = json.loads((ROOT / "benchmarks/results/kv_cache.json").read_text())["rows"]
+    measured = [
+        [r["kv_format"], f"{r['bits']:.1f}", f"{r['bytes_per_token']:,}", f"{r['perplexity']:.3f}",
+         f"{r['kl']:.5f}", f"{r['agreement']:.1%}"]
+        for r in rows
+    ]  # fmt: skip
+    assert table_rows("| Cache | Bits a number |") == measured

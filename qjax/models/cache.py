@@ -100,8 +100,8 @@ def write(
     new_k, whole_k = _write(cache.k, layer, k.swapaxes(1, 2), cache.length)
     new_v, whole_v = _write(cache.v, layer, v.swapaxes(1, 2), cache.length)
     # Packed keys are in groups, of which the last may end behind the slots.
-    whole = (whole[:, :, : cache.slots].swapaxes(1, 2) for whole in (whole_k, whole_v))
-    return cache._replace(k=new_k, v=new_v), *whole
+    whole_k, whole_v = (x[:, :, : cache.slots].swapaxes(1, 2) for x in (whole_k, whole_v))
+    return cache._replace(k=new_k, v=new_v), whole_k, whole_v
 
 
 def _write(held, layer, new: jax.Array, start):
