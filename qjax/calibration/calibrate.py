@@ -12,16 +12,19 @@ from flax import nnx
 
 from pallas_kernels.packing import pack
 from pallas_kernels.scales import decode_scales
+from qjax.calibration.awq import Arrays, Folds, check_folds, fold, input_scales
 from qjax.calibration.gptq import gptq_codes
-from qjax.calibration.moments import Moments, second_moments
+from qjax.calibration.moments import Moments, observed_moments
 from qjax.calibration.search import half_quadratic, nearest, squared_error
+from qjax.core.blockwise import quantize_like
 from qjax.core.double_quant import kernel_form, quantize_scales
 from qjax.core.qtensor import QTensor
+from qjax.nn.lora import ADAPTER_LEAVES
 from qjax.nn.nnx_param import QuantParam
 from qjax.swap.leaves import flatten_weights, iter_leaves
 
-METHODS = ("mse", "hqq", "activation", "gptq")
-_WITH_DATA = ("activation", "gptq")
+METHODS = ("mse", "hqq", "activation", "awq", "gptq")
+_WITH_DATA = ("activation", "awq", "gptq")
 
 
 def calibrate(
@@ -31,21 +34,27 @@ def calibrate(
     *,
     method: str = "gptq",
     call: Callable[..., Any] | None = None,
+    folds: Folds | None = None,
     damping: float = 0.01,
 ) -> Any:
     """Quantize the 4-bit weights of a model again, so that its outputs err less.
 
-    Formats, shapes and bytes stay, so every kernel and checkpoint takes the result. Methods:
+    Formats, shapes and bytes stay, so every kernel and checkpoint takes the result. Without data:
 
-    - "mse": the scale of each block with the least squared error. No data.
-    - "hqq": half-quadratic fit of the scales (Badri and Shaji 2023). No data.
+    - "mse": the scale of each block with the least squared error.
+    - "hqq": half-quadratic fit of the scales (Badri and Shaji 2023).
+
+    With data:
+
     - "activation": as "mse", with errors weighted by the mean square of the activation that each
-      weight meets (the observation of AWQ, Lin et al. 2023).
+      weight meets.
+    - "awq": inputs are scaled by a power of their size (Lin et al. 2023), where the norm or dense
+      layer in front can take the inverse, and those parameters change too. Then as "activation".
     - "gptq": the scales of "activation", then codes that make up for each other's errors (Frantar
       et al. 2022).
 
     Weights that are not in a 4-bit format with absmax scales, or in the flat layout, stay as they
-    are.
+    are; those that "awq" scales are quantized again in any format.
 
     Args:
         x: the quantized NNX model (changed in place), or parameters of a Linen one.
@@ -54,6 +63,8 @@ def calibrate(
         method: one of the above.
         call: for parameters, `call(params, *batch)`, such as
             `lambda params, ids: qjax.apply(module, {"params": params}, ids)`.
+        folds: of "awq": the path of a norm or dense layer -> the paths of the weights that read its
+            output, if nothing else does. The models of `qjax.models` know theirs.
         damping: of "gptq", relative to the mean of the diagonal.
 
     Returns:
@@ -61,7 +72,7 @@ def calibrate(
 
     Raises:
         ValueError: an unknown method, data that are missing, empty or not finite, no weight to
-            calibrate, or a reference without the float weight at a path.
+            calibrate, a reference without the float weight at a path, or folds that do not fit.
 
     Example:
         >>> rngs = nnx.Rngs(0)
@@ -72,24 +83,66 @@ def calibrate(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    weights = {p: q for p, q, _ in iter_leaves(x) if isinstance(q, QTensor) and _can_improve(q)}
-    if not weights:
-        raise ValueError("there is no 4-bit weight with absmax scales in rows to calibrate")
+    weights = {path: q for path, q, _ in iter_leaves(x) if isinstance(q, QTensor)}
     floats = {path: leaf for path, leaf, _ in iter_leaves(reference)}
-    moments = Moments()
-    if method in _WITH_DATA:
-        moments = _observe(x, batches, call)
-    new = {}
-    for path, q in weights.items():
-        w = floats.get(path)
-        if isinstance(w, QTensor) or w is None or tuple(w.shape) != q.shape:
-            found = "nothing" if w is None else f"{getattr(w, 'dtype', w)}{list(w.shape)}"
-            raise ValueError(
-                f"{path}: reference must have its float weight {list(q.shape)}, found {found}"
-            )
-        moment = moments.mean(path) if method in _WITH_DATA else None
-        new[path] = _requantized(q, w, moment, method, damping)
+    changing = {path for path, q in weights.items() if _can_improve(q)}
+    if method == "awq":
+        folds = _folds(x, folds)
+        check_folds(folds, weights, floats)
+        changing |= {path for readers in folds.values() for path in readers if path in weights}
+    if not changing:
+        raise ValueError("there is no 4-bit weight with absmax scales in rows to calibrate")
+    for path in changing:
+        _check_float(path, weights[path], floats.get(path))
+    moments = _observe(x, batches, call) if method in _WITH_DATA else Moments()
+    new: dict[str, Any] = {}
+    inputs: Arrays = {}
+    if method == "awq":
+        scales = input_scales(weights, floats, moments, folds)
+        new = fold(scales, weights, floats, folds, _offsets(x))
+        inputs = {path: s for producer, s in scales.items() for path in folds[producer]}
+    for path in changing | (new.keys() & weights.keys()):
+        q, w, products = weights[path], new.get(path, floats[path]), None
+        if not _can_improve(q):
+            new[path] = quantize_like(w, q, path)
+            continue
+        if method in _WITH_DATA:
+            products = moments.mean(path)[1]
+        if path in inputs:
+            products = products / (inputs[path][:, None] * inputs[path][None])
+        new[path] = _requantized(q, w, products, method, damping)
     return _replaced(x, new)
+
+
+def _check_float(path: str, q: QTensor, w: Any) -> None:
+    if isinstance(w, QTensor) or w is None or tuple(w.shape) != q.shape:
+        found = "nothing" if w is None else f"{getattr(w, 'dtype', w)}{list(w.shape)}"
+        raise ValueError(
+            f"{path}: reference must have its float weight {list(q.shape)}, found {found}"
+        )
+
+
+def _folds(x: Any, folds: Folds | None) -> Folds:
+    """Return what "awq" may scale, which the models of this library know."""
+    folds = x.foldings() if folds is None and hasattr(x, "foldings") else folds
+    if not folds:
+        raise ValueError(
+            'method="awq" needs folds=: path of a norm or dense layer -> paths of the weights that '
+            "read its output"
+        )
+    if any(path.rpartition("/")[2] in ADAPTER_LEAVES for path, *_ in iter_leaves(x)):
+        raise ValueError('method="awq" changes what layers get: calibrate before adding adapters')
+    return folds
+
+
+def _offsets(x: Any) -> dict[str, float]:
+    """Return what norms add to their scale, by its path."""
+    modules = nnx.iter_modules(x) if isinstance(x, nnx.Module) else ()
+    return {
+        "/".join(map(str, (*path, "scale"))): module.offset
+        for path, module in modules
+        if isinstance(getattr(module, "offset", None), float)
+    }
 
 
 def _can_improve(q: QTensor) -> bool:
@@ -101,11 +154,11 @@ def _observe(x: Any, batches: Iterable[Any], call: Callable[..., Any] | None) ->
         model = nnx.clone(x)  # variables of its own, which may be told their paths
         for path, variable in nnx.to_flat_state(nnx.state(model, QuantParam)):
             variable.set_metadata(path="/".join(map(str, path)))
-        return second_moments((call and functools.partial(call, model)) or model, {}, batches)
+        return observed_moments((call and functools.partial(call, model)) or model, {}, batches)
     if call is None:
         raise ValueError("call must say how parameters are called: call(params, *batch)")
     names = {id(q.packed): path for path, q in flatten_weights(x) if isinstance(q, QTensor)}
-    return second_moments(functools.partial(call, x), names, batches)
+    return observed_moments(functools.partial(call, x), names, batches)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "damping"))
@@ -144,13 +197,13 @@ def _slice(rows: jax.Array, moment: jax.Array, *, q: QTensor, method: str, dampi
     return pack(codes), stored
 
 
-def _replaced(x: Any, new: dict[str, QTensor]) -> Any:
+def _replaced(x: Any, new: dict[str, Any]) -> Any:
     if isinstance(x, nnx.Module):
-        for path, variable in nnx.to_flat_state(nnx.state(x, QuantParam)):
+        for path, variable in nnx.to_flat_state(nnx.state(x)):
             name = "/".join(map(str, path))
             if name in new:
                 variable.set_raw_value(new[name])
         return x
-    ids = {id(q): new[path] for path, q in flatten_weights(x) if path in new}
+    ids = {id(leaf): new[path] for path, leaf in flatten_weights(x) if path in new}
     is_q = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
     return jax.tree.map(lambda leaf: ids.get(id(leaf), leaf), x, is_leaf=is_q)

@@ -1,4 +1,4 @@
-"""Second moments of what multiplies each 4-bit weight: the mean of x x^T, while a model runs."""
+"""Moments of what multiplies each 4-bit weight, the means of |x| and x x^T, while a model runs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,16 +11,16 @@ from qjax.ops import trace
 
 
 @jax.jit
-def _sums(x: jax.Array) -> jax.Array:
+def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
-    return jnp.einsum("...mi,...mj->...ij", x, x)
+    return jnp.abs(x).sum(axis=-2), jnp.einsum("...mi,...mj->...ij", x, x)
 
 
 class Moments:
-    """Sums of x x^T and the number of rows x, by path."""
+    """Sums of |x| and x x^T, and the number of rows x, by path."""
 
     def __init__(self):
-        self.sums: dict[str, jax.Array] = {}
+        self.sums: dict[str, tuple[jax.Array, jax.Array]] = {}
         self.rows: dict[str, int] = {}
 
     def add(self, path: str, x: jax.Array) -> None:
@@ -31,19 +31,20 @@ class Moments:
                 f"{path}: the activations are traced, not computed; calibrate outside jit, with "
                 "layers that are not scanned (from_pretrained(..., scan_layers=False))"
             )
-        sums = _sums(x)
-        self.sums[path] = sums if path not in self.sums else self.sums[path] + sums
+        sums, before = _sums(x), self.sums.get(path)
+        self.sums[path] = sums if before is None else jax.tree.map(jnp.add, before, sums)
         self.rows[path] = self.rows.get(path, 0) + x.shape[-2]
 
-    def mean(self, path: str) -> jax.Array:
-        """Return the mean of x x^T [*batch, K, K].
+    def mean(self, path: str) -> tuple[jax.Array, jax.Array]:
+        """Return the means of |x| [*batch, K] and of x x^T [*batch, K, K].
 
         Raises:
             ValueError: nothing multiplied this weight.
         """
-        if path not in self.sums:
+        if not self.rows.get(path):
             raise ValueError(f"{path}: no activations: the calibration data never reach this layer")
-        return self.sums[path] / self.rows[path]
+        sizes, products = self.sums[path]
+        return sizes / self.rows[path], products / self.rows[path]
 
 
 def tuples(batches: Iterable[Any]) -> Iterator[tuple]:
@@ -52,7 +53,15 @@ def tuples(batches: Iterable[Any]) -> Iterator[tuple]:
         yield batch if isinstance(batch, tuple) else (batch,)
 
 
-def second_moments(
+def run_batch(call: Callable[..., Any], batch: tuple, index: int) -> Any:
+    """Return `call(*batch)`; what it raises for batches that do not fit names the batch."""
+    try:
+        return call(*batch)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"batches[{index}] does not fit the model: {error}") from error
+
+
+def observed_moments(
     call: Callable[..., Any], names: Mapping[int, str], batches: Iterable[Any]
 ) -> Moments:
     """Run `call(*batch)` for each batch and sum up what multiplies each weight.
@@ -67,11 +76,11 @@ def second_moments(
     count = 0
     with trace.observing(moments.add, names):
         for batch in tuples(batches):
-            call(*batch)
+            run_batch(call, batch, count)
             count += 1
     if not count:
         raise ValueError("batches is empty: calibration needs at least one")
-    for path, sums in moments.sums.items():
-        if not jnp.isfinite(sums).all():
+    for path, (_, products) in moments.sums.items():
+        if not jnp.isfinite(products).all():
             raise ValueError(f"{path}: the activations of the calibration data hold NaN or inf")
     return moments

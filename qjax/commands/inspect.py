@@ -40,7 +40,8 @@ def inspect(
         else:
             source = SafetensorsFolder(locate(path))
             report = str(qjax.report(skeleton(source)[0]))
-            stored = "4-bit (bitsandbytes)" if source.packed else source.dtype
+            maker = source.groups.method.upper() if source.groups else "bitsandbytes"
+            stored = f"4-bit ({maker})" if source.packed else source.dtype
             title = f"{path}: {source.data['model_type']}, {stored}"
         console.print(title, style="bold", markup=False, highlight=False)
         if report is None:

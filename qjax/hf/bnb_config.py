@@ -55,7 +55,8 @@ def read_bnb_config(data: Mapping[str, Any], where: str = "quantization_config")
     method = data.get("quant_method", "bitsandbytes")
     if getattr(method, "value", method) != "bitsandbytes":
         raise NotImplementedError(
-            f"{where}: quant_method={method!r} is not read; only 'bitsandbytes'"
+            f"{where}: quant_method={method!r} is not read; only 'bitsandbytes', "
+            "and of checkpoints in them 'gptq', 'awq' and 'mxfp4'"
         )
     if unknown := sorted(set(data) - set(_DEFAULTS)):
         raise ValueError(f"{where} has unknown keys {unknown}; known: {sorted(_DEFAULTS)}")

@@ -31,8 +31,8 @@ def from_pretrained(
     """Load a language model, in floating point or in 4 bits.
 
     Each tensor is read, and quantized on the device, before the next: what is held is the model as
-    it will be and one tensor. Weights that the checkpoint holds in bitsandbytes' 4 bits are taken
-    as they are.
+    it will be and one tensor. Weights that the checkpoint holds in 4 or 8 bits, by bitsandbytes,
+    GPTQ or AWQ, are taken as they are.
 
     Args:
         path_or_id: a folder with config.json and safetensors, a .gguf file, or a hub id such as
@@ -50,6 +50,7 @@ def from_pretrained(
     Raises:
         ValueError: not a checkpoint, of an unknown family, or with tensors missing, left over or
             of another shape than its config says; a config that matches nothing.
+        NotImplementedError: a quantization that is not read, such as GPTQ with act-order.
         ModuleNotFoundError: an optional package that this checkpoint needs, with what to install.
 
     Example:

@@ -13,6 +13,14 @@ from qjax.hf.bitsandbytes import packed_weights, qtensor_like, read_qtensor
 from qjax.hf.bnb_config import BnbConfig, read_bnb_config
 from qjax.hf.bnb_int8 import int8_like, int8_weights, read_int8
 from qjax.hf.families import Family, family
+from qjax.hf.integer_groups import (
+    METHODS,
+    GroupConfig,
+    grouped_like,
+    grouped_weights,
+    read_group_config,
+    read_grouped,
+)
 from qjax.hf.mxfp4 import decode_mxfp4, mxfp4_weights
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -29,16 +37,17 @@ class SafetensorsFolder:
         family: the family that config.json names.
         dtype: name of the dtype that config.json declares.
         data: the whole config.json.
-        bnb: its `quantization_config`, or None.
+        bnb: its `quantization_config`, if that is bitsandbytes'; or None.
+        groups: the same, if it is GPTQ's or AWQ's; or None.
         tensors: names of the weights, as the family spells them.
-        packed: those that are weights of bitsandbytes, in 4 or 8 bits -> the tensors of each.
+        packed: those that are in 4 or 8 bits -> the tensors of each.
     """
 
     def __init__(self, folder: Path):
         data = read_json(folder / "config.json")
         self.data = data
         self.path = folder
-        self.bnb = self._read_bnb()
+        self.bnb, self.groups = self._read_quantization()
         self.family: Family = family(data)
         files = _tensor_files(folder)
         self._stored = {_today(name, self.family, files): name for name in files}
@@ -49,9 +58,15 @@ class SafetensorsFolder:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         self._int8 = int8_weights(self._stored)
-        self.packed = {**four_bit, **self._int8}
+        self._grouped = grouped_weights(self._stored) if self.groups else {}
+        if self.groups and not self._grouped:
+            raise ValueError(
+                f"{folder} has no .qweight: nothing of it is in {self.groups.method.upper()}"
+            )
+        self.packed = {**four_bit, **self._int8, **self._grouped}
         parts = {part for held in (*self.packed.values(), *self._mxfp4.values()) for part in held}
-        weights = self._mxfp4.keys() | (self.packed.keys() & self._stored.keys())
+        weights = self.packed.keys() & (self._stored.keys() | self._grouped.keys())
+        weights |= self._mxfp4.keys()
         self.tensors = frozenset(self._stored.keys() - parts | weights)
         self.config = self._read_config()
         dtype = data.get("dtype") or data.get("torch_dtype") or "float32"
@@ -59,15 +74,18 @@ class SafetensorsFolder:
             raise ValueError(f"{folder / 'config.json'}: dtype={dtype!r} must be one of {_DTYPES}")
         self.dtype: str = dtype
 
-    def _read_bnb(self) -> BnbConfig | None:
+    def _read_quantization(self) -> tuple[BnbConfig | None, GroupConfig | None]:
         data = self.data.get("quantization_config")
         if not data:
-            return None
+            return None, None
         where = f"{self.path / 'config.json'}: quantization_config"
         if not isinstance(data, dict):
             raise ValueError(f"{where} must be a JSON object")
+        method = data.get("quant_method")
+        if method in METHODS:
+            return None, read_group_config(data, where)
         # The tensors themselves show what is in MXFP4.
-        return None if data.get("quant_method") == "mxfp4" else read_bnb_config(data, where)
+        return None if method == "mxfp4" else read_bnb_config(data, where), None
 
     def _read_config(self):
         file = self.path / "config.json"
@@ -95,19 +113,27 @@ class SafetensorsFolder:
         return self._explain(decode_mxfp4, name, *map(self._read, self._mxfp4[name]))
 
     def packed_like(self, name: str) -> QTensor:
-        """Return a 4-bit or 8-bit weight of bitsandbytes as a QTensor [in, out], abstract."""
-        if name not in self._int8:
-            return self._explain(qtensor_like, self._read, name, self.packed[name])
-        threshold = self.bnb.quant.int8_threshold if self.bnb else None
-        shape = self._open(name, lambda f, stored: f.get_slice(stored).get_shape())
-        return self._explain(int8_like, tuple(shape), name, self.dtype, threshold)
+        """Return a weight that is stored in 4 or 8 bits as a QTensor [in, out], abstract."""
+        if name in self._int8:
+            threshold = self.bnb.quant.int8_threshold if self.bnb else None
+            return self._explain(int8_like, self._shape(name), name, self.dtype, threshold)
+        if name in self._grouped:
+            shape = self._shape(name.removesuffix("weight") + "qweight")
+            return self._explain(grouped_like, shape, name, self.groups, self.dtype)
+        return self._explain(qtensor_like, self._read, name, self.packed[name])
 
     def read_packed(self, name: str) -> QTensor:
-        """Return a 4-bit or 8-bit weight of bitsandbytes as it is, as a QTensor [in, out]."""
-        if name not in self._int8:
-            return self._explain(read_qtensor, self._read, name, self.packed[name])
-        like = self.packed_like(name)
-        return self._explain(read_int8, self._read, name, self.packed[name], like)
+        """Return a weight that is stored in 4 or 8 bits as it is, as a QTensor [in, out]."""
+        parts = self.packed[name]
+        if name in self._int8:
+            return self._explain(read_int8, self._read, name, parts, self.packed_like(name))
+        if name in self._grouped:
+            like = self.packed_like(name)
+            return self._explain(read_grouped, self._read, name, parts, self.groups, like)
+        return self._explain(read_qtensor, self._read, name, parts)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(name, lambda file, stored: file.get_slice(stored).get_shape()))
 
     def _explain(self, read, *args):
         try:

@@ -60,6 +60,11 @@ class Attention(nnx.Module):
         out = attend(q, k, v, context, c.attention_scale, c.attention_softcap, sinks)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
+    def foldings(self) -> dict[str, tuple[str, ...]]:
+        """See `Pretrained.foldings`: weights on tokens do not mix the entries of a value."""
+        own_values = self.config.num_key_value_heads == self.config.num_attention_heads
+        return {"v_proj": ("o_proj/kernel",)} if own_values and hasattr(self, "v_proj") else {}
+
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values [B, T, heads, head_dim]."""
         c = self.config

@@ -18,6 +18,22 @@ class Pretrained(nnx.Module):
     dtype: Any
     config_json: str | None = None
 
+    def foldings(self) -> dict[str, tuple[str, ...]]:
+        """Return which outputs can be scaled, entry by entry, by dividing the weights after them.
+
+        Returns:
+            The path of a norm or dense layer -> the paths of the kernels that read its output,
+            which nothing else reads: what `qjax.calibrate(method="awq")` scales.
+        """
+        found = {}
+        for path, module in nnx.iter_modules(self):
+            own = module.foldings() if hasattr(module, "foldings") and module is not self else {}
+            for producer, kernels in own.items():
+                names = [(*map(str, path), name) for name in (producer, *kernels)]
+                producer, *kernels = map("/".join, names)
+                found[producer] = tuple(kernels)
+        return found
+
     def save_pretrained(self, path, layout: str = "bitsandbytes", **options) -> None:
         """Write a folder that Hugging Face's transformers loads: see `qjax.hf.save_pretrained`."""
         from qjax.hf.export import save_pretrained

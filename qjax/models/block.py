@@ -18,6 +18,10 @@ from qjax.models.experts import MixtureMLP
 from qjax.models.mlp import MLP
 from qjax.models.norm import make_norm
 
+# What reads the input of each half.
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+_OF_MLP = ("gate_proj", "up_proj", "gate_up_proj")
+
 
 class Block(nnx.Module):
     """A block, with its norms where `config.block` says."""
@@ -35,6 +39,16 @@ class Block(nnx.Module):
         if config.block == "sandwich":
             self.pre_feedforward_layernorm = make_norm(config, config.hidden_size, **kinds)
             self.post_feedforward_layernorm = make_norm(config, config.hidden_size, **kinds)
+
+    def foldings(self) -> dict[str, tuple[str, ...]]:
+        """See `Pretrained.foldings`: norms in front of a half, read by nothing else."""
+        if self.kind == "post":
+            return {}
+        found = {"input_layernorm": _kernels(self.self_attn, "self_attn", _OF_ATTENTION)}
+        if isinstance(self.mlp, MLP):
+            norm = "pre_feedforward" if self.kind == "sandwich" else "post_attention"
+            found[f"{norm}_layernorm"] = _kernels(self.mlp, "mlp", _OF_MLP)
+        return found
 
     def __call__(
         self, x: jax.Array, context: Context, cache: KVCache | None, layer
@@ -60,3 +74,7 @@ class Block(nnx.Module):
             x = checkpoint_name(x + attended, "stream")
             x = x + self.mlp(self.post_attention_layernorm(x))
         return x, cache
+
+
+def _kernels(half: nnx.Module, name: str, layers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{name}/{layer}/kernel" for layer in layers if hasattr(half, layer))

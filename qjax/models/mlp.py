@@ -47,6 +47,11 @@ class MLP(nnx.Module):
             self.up_proj = linear(hidden, inner)
         self.down_proj = linear(inner, hidden)
 
+    def foldings(self) -> dict[str, tuple[str, ...]]:
+        """See `Pretrained.foldings`: `up` is a factor of what `down` gets, or has ReLU alone."""
+        keeps = self.kind == "gated" or (self.kind == "plain" and self.activation is nnx.relu)
+        return {"up_proj": ("down_proj/kernel",)} if keeps else {}
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., hidden] to the same."""
         if self.kind == "plain":

@@ -12,6 +12,7 @@ from qjax.core.qtensor import QTensor
 from qjax.core.scales import float_scales
 
 _INT8 = np.float32(127)
+_HALF = 65504  # the largest float16
 
 
 def product(x: jax.Array, q: QTensor, transpose: bool) -> jax.Array:
@@ -34,13 +35,16 @@ def _llm_int8(x: jax.Array, codes: jax.Array, step: jax.Array, threshold: float)
     """Multiply as LLM.int8() (Dettmers et al. 2022, section 3), float32 [M, N].
 
     Columns of x that hold an outlier are multiplied in x's dtype, the others in 8 bits, with a
-    scale for each row of x that leaves the outliers out.
+    scale for each row of x that leaves the outliers out. As in bitsandbytes, x of any dtype is
+    rounded to float16 first.
     """
-    outlier = jnp.abs(x) >= np.array(threshold, x.dtype)
+    half = jnp.clip(x, -_HALF, _HALF).astype(jnp.float16)
+    outlier = jnp.abs(half) >= np.float16(threshold)
     column = outlier.any(axis=0)
-    kept = jnp.where(outlier, 0, x.astype(jnp.float32))
+    kept = jnp.where(outlier, 0, half.astype(jnp.float32))
     absmax = jnp.max(jnp.abs(kept), axis=1, keepdims=True)
-    rounded = jnp.round(kept * jnp.where(absmax > 0, _INT8 / absmax, 0))
+    # Torch divides a number by an array in this way; it decides where a code is a tie.
+    rounded = jnp.round(kept * jnp.where(absmax > 0, np.float32(1) / absmax * _INT8, 0))
     eighth = jnp.where(column[None], 0, rounded).astype(jnp.int8)
     sums = _dot(eighth, codes, 1, jnp.int32).astype(jnp.float32)
     y = sums * (absmax / _INT8) * step[None]
