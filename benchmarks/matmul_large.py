@@ -48,9 +48,7 @@ def compile_way(cell: Cell, way: Callable):
 
     codebook = jax.numpy.asarray(matmul_jax.CODEBOOK)
     one = jax.jit(
-        lambda x, w: way(
-            x, *w, codebook, block_size=matmul_cells.BLOCK, transpose=cell.transpose
-        )
+        lambda x, w: way(x, *w, codebook, block_size=matmul_cells.BLOCK, transpose=cell.transpose)
     )
     x, w = matmul_jax.abstract_arguments(cell)
     count = matmul_cells.copies(matmul_jax.nbytes(cell))
