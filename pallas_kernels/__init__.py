@@ -1,9 +1,10 @@
-"""Kernels for 4-bit weights: raw arrays in, raw arrays out.
+"""Kernels for 4-bit weights and generation: raw arrays in, raw arrays out.
 
-`matmul`, `dequantize` and `quantize` pick the fastest implementation that can run on the device
-and the shapes at hand; `explain` says which one that is, and why not another.
+`matmul`, `dequantize`, `quantize` and `decode_attention` pick the fastest implementation that can
+run on the device and the shapes at hand; `explain` says which one that is, and why not another.
 """
 
+from pallas_kernels.decode_attention import decode_attention as decode_attention
 from pallas_kernels.dequantize import dequantize as dequantize
 from pallas_kernels.dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from pallas_kernels.dispatch import explain as explain

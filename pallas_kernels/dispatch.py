@@ -55,6 +55,10 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", "pallas_kernels.quantize.triton", "Triton kernel"),
         Backend("xla", "pallas_kernels.quantize.xla", "XLA"),
     ),
+    "decode_attention": (
+        Backend("triton", "pallas_kernels.decode_attention.triton", "Triton kernel"),
+        Backend("xla", "pallas_kernels.decode_attention.xla", "XLA reductions"),
+    ),
 }
 
 
@@ -153,7 +157,7 @@ def _measured(op: str, where: Target, args: tuple, options: dict) -> user_tiles.
 
 
 def resolve(op: str, implementation: str | None, *args: Any, **options: Any) -> Resolution:
-    """Choose the backend of `op` ("matmul", "dequantize" or "quantize") for these arguments.
+    """Choose the backend of `op` (a name such as "matmul") for these arguments.
 
     Args:
         op: the op's name.

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
-from jax.experimental.layout import Format, Layout
 
 from pallas_kernels.dispatch import target
 from qjax.sampling import Sampling, choose, make_sampling
@@ -184,6 +183,20 @@ class _State(NamedTuple):
     cache: Any
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["adapters", "rest"],
+    meta_fields=["by_columns"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Params:
+    """The arrays of a model; with `by_columns`, A of its adapters are transposed."""
+
+    adapters: Any
+    rest: Any
+    by_columns: bool
+
+
 @dataclasses.dataclass
 class _Session:
     """A generation under way."""
@@ -217,7 +230,9 @@ def _start(
     pad = ((0, 0), (prompt - ids.shape[1], 0))
     if attention_mask is not None:
         ids, attention_mask = jnp.pad(ids, pad), jnp.pad(attention_mask, pad)
-    params = _cast(adapters, model.dtype), rest
+    # Once, as each product would; and A as the products of one row on a GPU read it.
+    by_columns = len(ids) == 1 and target().is_cuda
+    params = _Params(_cast(adapters, model.dtype, by_columns), rest, by_columns)
     logits, lengths, cache = _prefill(graphdef, params, ids, attention_mask, slots, kv_format)
     token, tokens, done = _first(logits, slots, sampling)
     state = _State(np.int32(1), token, tokens, done, lengths, cache)
@@ -275,38 +290,27 @@ def _decode(graphdef, params, state: _State, until, sampling: Sampling):
     return jax.lax.while_loop(unfinished, advance, state)
 
 
-def _model(graphdef, params) -> Any:
+def _model(graphdef, params: _Params) -> Any:
     """Put the model together with its dropout off: while tracing, where it costs nothing."""
-    model = nnx.merge(graphdef, *params)
+    model: Any = nnx.merge(graphdef, params.adapters, params.rest)
+    if params.by_columns:
+        for _, layer in nnx.iter_modules(model):
+            if hasattr(layer, "lora_by_columns"):
+                layer.lora_by_columns = True
+            elif getattr(layer, "lora_a", None) is not None:
+                layer.lora_a = layer.lora_a.replace(layer.lora_a[...].mT)
     return nnx.view(model, deterministic=True, raise_if_not_found=False)
 
 
-def _cast(adapters, dtype):
-    """Cast adapters once, as each product would.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cast(adapters, dtype, by_columns: bool):
+    """Cast adapters, and transpose every A for `by_columns`."""
 
-    On one GPU the columns of A are made to lie together as well: x A of a single row is as many
-    sums over them.
-    """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(adapters)
-    formats = None
-    if paths and target().is_cuda and jax.device_count() == 1:
-        formats = tuple(_format(path, leaf) for path, leaf in paths)
-    return jax.tree.unflatten(treedef, _caster(formats, dtype)([leaf for _, leaf in paths]))
+    def one(path, leaf):
+        turn = by_columns and any(getattr(key, "key", None) == "lora_a" for key in path)
+        return (leaf.mT if turn else leaf).astype(dtype)
 
-
-@functools.cache
-def _caster(formats, dtype):
-    def cast(leaves):
-        return [leaf.astype(dtype) for leaf in leaves]
-
-    return jax.jit(cast) if formats is None else jax.jit(cast, out_shardings=list(formats))
-
-
-def _format(path, leaf: jax.Array) -> Format:
-    axes = list(range(leaf.ndim))
-    if "lora_a" in jax.tree_util.keystr(path):
-        axes[-2:] = axes[:-3:-1]
-    return Format(Layout(tuple(axes)), leaf.sharding)
+    return jax.tree_util.tree_map_with_path(one, adapters)
 
 
 def _bucket(n: int) -> int:

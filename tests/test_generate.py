@@ -1,13 +1,18 @@
 """Generation against transformers' greedy tokens and numpy's account of each sampling option."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import qjax
+from pallas_kernels import dispatch
 from qjax.models import CausalLM
 from qjax.sampling import sample
-from tests.models.golden import LLAMAS, golden_model, reference
+from tests.models.golden import LLAMAS, TINY, golden_model, reference
 
 IDS = np.asarray([[5, 17, 3, 90], [8, 2, 44, 61]], np.int32)
 
@@ -186,6 +191,21 @@ def test_a_prompt_of_a_whole_bucket_needs_no_mask():
     ids = np.concatenate([ids, ids], axis=1)[:, :32]
     masked = model.generate(ids, np.ones_like(ids), max_new_tokens=6)
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=6), masked)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
+def test_adapters_by_columns_change_no_token(scan_layers, monkeypatch):
+    config = dataclasses.replace(TINY, scan_layers=scan_layers)
+    model = CausalLM(config, rngs=nnx.Rngs(0))
+    qjax.add_lora(model, qjax.LoraConfig(4, include="_proj$|embed"), rngs=nnx.Rngs(1))
+    plain = model.generate(IDS[:1] % 32, max_new_tokens=12)
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        leaf.set_value(jax.random.normal(jax.random.key(len(path)), leaf.shape))
+    want = model.generate(IDS[:1] % 32, max_new_tokens=12)
+    assert (np.asarray(want) != np.asarray(plain)).any()
+    gpu = dispatch.Target("gpu", "NVIDIA H100", (9, 0))
+    monkeypatch.setattr("qjax.generate.target", lambda: gpu)
+    np.testing.assert_array_equal(model.generate(IDS[:1] % 32, max_new_tokens=12), want)
 
 
 def test_a_stream_refuses_parts_of_nothing():

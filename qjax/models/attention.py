@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import decode_attention
 from pallas_kernels.dispatch import target
-from qjax.models.cache import KVCache, write
+from qjax.models.cache import KVCache, attend_one, read, write
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.norm import make_norm
@@ -50,14 +51,18 @@ class Attention(nnx.Module):
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        if cache is not None:
-            cache, *whole = write(cache, layer, k, v)
-            if (
-                context.mask is not None and context.mask.shape[-1] != k.shape[1]
-            ):  # earlier ones too
-                k, v = (x.astype(q.dtype) for x in whole)
         sinks = self.sinks[...] if c.attention_sinks else None
-        out = attend(q, k, v, context, c.attention_scale, c.attention_softcap, sinks)
+        how = c.attention_softcap, sinks
+        earlier = context.mask is not None and context.mask.shape[-1] != k.shape[1]
+        if cache is not None:
+            cache = write(cache, layer, k, v)
+        if cache is None or not earlier:
+            out = attend(q, k, v, context, c.attention_scale, *how)
+        elif not cache.is_packed and _takes_one(q, context, *how):
+            out = attend_one(q, cache, layer, context.mask, c.attention_scale)
+        else:
+            k, v = (x.astype(q.dtype) for x in read(cache, layer))
+            out = attend(q, k, v, context, c.attention_scale, *how)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
     def foldings(self) -> dict[str, tuple[str, ...]]:
@@ -73,6 +78,8 @@ class Attention(nnx.Module):
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             return q.reshape(heads), k.reshape(heads), v.reshape(heads)
         qkv = self.qkv_proj(x)
+        if x.shape[1] == 1:  # each use of it would sum up the adapter again
+            qkv = jax.lax.optimization_barrier(qkv)
         if c.fused_qkv == "heads":
             qkv = qkv.reshape(*x.shape[:2], c.num_attention_heads, 3, c.head_dim)
             return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
@@ -101,9 +108,12 @@ def attend(
         sinks: [heads] more logits, of a key without a value.
     """
     mask, bias = context.mask, context.bias
+    if _takes_one(q, context, softcap, sinks):
+        mask = jnp.broadcast_to(mask[:, 0, 0], k.shape[:2])
+        # XLA's, which reads k and v as they lie here: a kernel would have them copied.
+        one = functools.partial(decode_attention, scale=scale, implementation="xla")
+        return one(q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), mask, k.shape[1])[:, None]
     if softcap is None and sinks is None:
-        if q.shape[1] == 1 and bias is None and mask is not None:
-            return _attend_one(q, k, v, mask, scale)
         how: dict[str, Any] = {"scale": scale, "is_causal": mask is None}
         if bias is None and _runs_cudnn(q, k):
             if mask is not None:
@@ -132,18 +142,10 @@ def attend(
     return checkpoint_name(out.reshape(q.shape).astype(q.dtype), "attention")
 
 
-def _attend_one(q, k, v, mask, scale) -> jax.Array:
-    """Attend with one query a row, as in decoding: sums that read k and v once, as they lie.
-
-    Written as products they would be batched over heads, and k and v transposed for it.
-    """
-    batch, _, heads, head_dim = q.shape
-    queries = q.reshape(batch, k.shape[2], -1, 1, head_dim).astype(jnp.float32)
-    keys, values = (x.swapaxes(1, 2)[:, :, None].astype(jnp.float32) for x in (k, v))
-    logits = jnp.sum(queries * keys, axis=-1) * (head_dim**-0.5 if scale is None else scale)
-    logits = jnp.where(mask[:, :, 0, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)  # [batch, kv_heads, group, slots]
-    return jnp.sum(weights[..., None] * values, axis=3).reshape(q.shape).astype(q.dtype)
+def _takes_one(q: jax.Array, context: Context, softcap, sinks) -> bool:
+    """Whether this is one query a row, as in decoding, with a mask and nothing more."""
+    plain = context.bias is None and softcap is None and sinks is None
+    return q.shape[1] == 1 and context.mask is not None and plain
 
 
 def _runs_cudnn(q: jax.Array, k: jax.Array) -> bool:

@@ -19,6 +19,7 @@ class LoraLinear(LoraLayer, nnx.Linear):
     """`nnx.Linear` with an adapter beside its float kernel; made by `qjax.add_lora`."""
 
     float_class = nnx.Linear
+    lora_by_columns: bool = False  # A is transposed: within `generate`, see `lora_matmul`
 
     def weight_axes(self) -> WeightAxes:
         """See `LoraLayer`."""
@@ -27,7 +28,8 @@ class LoraLinear(LoraLayer, nnx.Linear):
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         """Apply the layer to [..., in_features]."""
         y = self._base(inputs, out_sharding)
-        product = functools.partial(lora_matmul, sections=self.sections)
+        layout = {"sections": self.sections, "by_columns": self.lora_by_columns}
+        product = functools.partial(lora_matmul, **layout)
         base = lambda x: self._base(x, out_sharding)  # noqa: E731
         return self._adapt(y, inputs, product, lambda v: _spread(v, y.ndim), base)
 

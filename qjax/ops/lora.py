@@ -25,6 +25,7 @@ def lora_matmul(
     b: jax.Array,
     batch_ndim: int = 0,
     sections: tuple[int, ...] | None = None,
+    by_columns: bool = False,
 ) -> jax.Array:
     """Return (x A) B for x [*batch, ..., K]: [*batch, ..., *out], in x's dtype.
 
@@ -34,17 +35,22 @@ def lora_matmul(
         b: [*batch, rank, *out].
         batch_ndim: number of batch axes.
         sections: of a layer that stands for several: see `block_diagonal`.
+        by_columns: A is given transposed, [rank, K], without batch axes: on a GPU x A of one row is
+            then a kernel.
     """
-    batch, rank = a.shape[:batch_ndim], a.shape[-1]
+    batch, rank = a.shape[:batch_ndim], a.shape[0 if by_columns else -1]
     lead, out = x.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
     rows = math.prod(lead)
 
     def product(x, a, b):
+        x = x.reshape(*batch, rows, x.shape[-1])
+        a = a.astype(x.dtype).T if by_columns else a.astype(x.dtype)
         # Products of 16-bit operands accumulate in float32; a float32 result would only be rounded.
-        hidden = jnp.matmul(
-            x.reshape(*batch, rows, x.shape[-1]),
-            a.reshape(*batch, x.shape[-1], rank).astype(x.dtype),
-        )
+        if by_columns and rows == 1:
+            terms = x.astype(jnp.float32).T * a.astype(jnp.float32)
+            hidden = jnp.sum(terms, axis=0, keepdims=True).astype(x.dtype)
+        else:
+            hidden = jnp.matmul(x, a.reshape(*batch, x.shape[-1], rank))
         if not batch and rows <= _FEW_ROWS and target().is_cuda:
             y = few_rows(hidden, b.reshape(b.shape[0], -1), sections)
         else:
