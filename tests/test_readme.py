@@ -108,3 +108,13 @@ def test_the_two_gpu_table_is_what_was_measured():
         f"at most {memory['peak_gib']:.1f} GiB",
     ):
         assert text in README
+
+
+def test_packed_caches_are_the_measured_ones():
+    rows = json.loads((ROOT / "benchmarks/results/kv_cache.json").read_text())["rows"]
+    measured = [
+        [r["kv_format"], f"{r['bits']:.1f}", f"{r['bytes_per_token']:,}", f"{r['perplexity']:.3f}",
+         f"{r['kl']:.5f}", f"{r['agreement']:.1%}"]
+        for r in rows
+    ]  # fmt: skip
+    assert table_rows("| Cache | Bits a number |") == measured

@@ -5,7 +5,7 @@ Slots are columns of the batch: token `t` of every row sits in slot `t`, padding
 padded rows of different lengths share one write index.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,10 @@ class KVCache(NamedTuple):
             that this is known when a call is traced.
     """
 
-    k: tuple[jax.Array | PackedKeys, ...] | jax.Array | PackedKeys
-    v: tuple[jax.Array | PackedValues, ...] | jax.Array | PackedValues
+    k: Any
+    v: Any
     valid: jax.Array
-    length: jax.Array | np.generic
+    length: Any
 
     @property
     def slots(self) -> int:
