@@ -35,14 +35,31 @@ RESULT = Path(__file__).parent / "results" / "better_bits.json"
 Measure = Callable[[nnx.Module], dict[str, float]]
 
 
+def encoder() -> tuple[nnx.Module, np.ndarray, np.ndarray]:
+    """Return MiniLM, and rows of 64 tokens to train and to measure on."""
+    folder = weights_file().parent
+    tokenizer = qjax.load_tokenizer(folder)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    start, end = tokenizer.encode("").ids
+
+    def sentences(held_out):
+        plain = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+        ids = rows(plain, 62, held_out)
+        ids = np.insert(ids, 0, start, axis=1)
+        return np.insert(ids, ids.shape[1], end, axis=1)
+
+    model = qjax.from_pretrained(folder, dtype=jnp.float32, progress=False)
+    return model, sentences(False), sentences(True)
+
+
 def smollm2() -> tuple[nnx.Module, Callable[[int], list], Measure]:
     """Return the float model, draws of calibration batches, and the measurement."""
     path = demo.weights_file()
     tokenizer = qjax.load_tokenizer(path)
     model = qjax.from_pretrained(path, dtype=jnp.float32, progress=False)
-    train, test = (
-        rows(lambda text: tokenizer.encode(text).ids, 256, held) for held in (False, True)
-    )
+    ids = lambda text: tokenizer.encode(text).ids  # noqa: E731
+    train, test = (rows(ids, 256, held_out) for held_out in (False, True))
     batches = np.split(draw(test, 16, 0), 4)
 
     def measure(quantized):
@@ -54,21 +71,8 @@ def smollm2() -> tuple[nnx.Module, Callable[[int], list], Measure]:
 
 def minilm() -> tuple[nnx.Module, Callable[[int], list], Measure]:
     """Return the float model, draws of calibration batches, and the measurement."""
-    folder = weights_file().parent
-    tokenizer = qjax.load_tokenizer(folder)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    model = qjax.from_pretrained(folder, dtype=jnp.float32, progress=False)
-    start, end = tokenizer.encode("").ids
-
-    def sentences(held_out):
-        plain = rows(
-            lambda text: tokenizer.encode(text, add_special_tokens=False).ids, 62, held_out
-        )
-        return np.pad(np.pad(plain, ((0, 0), (1, 0)), constant_values=start),
-                      ((0, 0), (0, 1)), constant_values=end)  # fmt: skip
-
-    train, test = sentences(False), draw(sentences(True), 256, 0)
+    model, train, test = encoder()
+    test = draw(test, 256, 0)
 
     @nnx.jit
     def embed(model, ids):

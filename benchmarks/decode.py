@@ -1,6 +1,7 @@
 """Generation with Llama shapes on one GPU: tokens/s, prefill, memory, energy, kernels of a step.
 
-python benchmarks/decode.py --out benchmarks/results/decode.json --commit $(git rev-parse --short HEAD)
+python benchmarks/decode.py --out benchmarks/results/decode.json
+    --commit $(git rev-parse --short HEAD)
     [--cases llama-2-7b/nf4/off/1x64+192,llama-2-7b/bf16/off/1x2048+1] [--profile kernels.json]
 
 A case is shape/weights/adapters/batch x prompt + new tokens. Random NF4 weights with double

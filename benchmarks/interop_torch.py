@@ -5,7 +5,9 @@
 Exports the golden models in both layouts, with and without adapters, makes a Python 3.11
 environment with the packages below (kept where --venv says, else in a temporary folder), loads each
 export there with `interop_load.py` and writes benchmarks/results/interop.json: the largest absolute
-difference of logits of size 10 to 17, computed in float32 on both sides.
+difference of logits of size 10 to 17, computed in float32 on both sides. The cases "int8" have
+8-bit weights alone; "llm_int8" multiplies them by 8-bit activations, of which some are rounded to
+the neighbouring code where both sides' float32 differ.
 """
 
 import argparse
@@ -34,6 +36,10 @@ CONFIG = qjax.QuantConfig(compute_dtype=jnp.float32)
 ADAPTERS = {
     "lora": qjax.LoraConfig(rank=4, alpha=8),
     "rslora": qjax.LoraConfig(rank=8, alpha=8, rslora=True),
+}
+EIGHT_BITS = {
+    "int8": qjax.QuantConfig("int8", compute_dtype=jnp.float32),
+    "llm_int8": qjax.QuantConfig("int8", int8_threshold=6.0, compute_dtype=jnp.float32),
 }
 INPUTS = ("input_ids", "token_type_ids", "decoder_input_ids")
 ADAPTED = ("llama", "qwen2", "gpt2", "gpt_neox", "t5", "bert")
@@ -87,6 +93,10 @@ def export(family: str, folder: Path) -> None:
     if family in ADAPTED:
         for name, config in ADAPTERS.items():
             export_adapter(family, name, config, folder, inputs)
+        for name, config in EIGHT_BITS.items():
+            model = qjax.from_pretrained(GOLDEN / family / "hf", config=config)
+            model.save_pretrained(folder / name)
+            write_case(folder / name, name, name, None, inputs, run(model, inputs))
 
 
 def export_adapter(family, name, config, folder, inputs) -> None:

@@ -15,7 +15,9 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import itertools
 import json
 import pathlib
@@ -35,6 +37,7 @@ from qjax.core.placement import adapter_specs, weight_specs
 from qjax.ops.lora import lora_matmul
 
 BLOCK, RANK, VOCAB = 64, 16, 32000
+OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +82,9 @@ def random_weight(k: int, n: int, key: jax.Array) -> qjax.QTensor:
 
 
 @functools.cache
-def maker(function, *args, sharding=None):
+def maker(function, *args):
     """A jitted `function(*args, key)`."""
-    return jax.jit(functools.partial(function, *args), out_shardings=sharding)
+    return jax.jit(functools.partial(function, *args))
 
 
 def random_stack(k: int, n: int, keys: jax.Array) -> qjax.QTensor:
@@ -96,15 +99,16 @@ def random_a(layers: int, k: int, key: jax.Array) -> jax.Array:
     return k**-0.5 * jax.random.normal(key, (layers, k, RANK))
 
 
-def make_params(shape: Shape, device, memory_kind: str | None = None):
+def make_params(shape: Shape, device, memory_kind: str = "device"):
     """Frozen weights and adapters on one device; `memory_kind` is that of the 4-bit weights."""
     here = SingleDeviceSharding(device, memory_kind=memory_kind)
     frozen, adapters = {}, {}
     with jax.default_device(device):
         for i, (name, (k, n)) in enumerate(shape.weights().items()):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(0), i), shape.layers)
-            make = maker(random_stack, k, n, sharding=here)
-            frozen[name] = jax.block_until_ready(make(keys))
+            made = maker(random_stack, k, n)(keys)
+            frozen[name] = jax.block_until_ready(jax.device_put(made, here))
+            del made
             a = maker(random_a, shape.layers, k)(keys[0])
             adapters[name] = a, jnp.zeros((shape.layers, RANK, n))
         for i, name in enumerate(("embed", "head")):
@@ -145,10 +149,12 @@ def rotate(x: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
 
 
-def hidden_states(adapters, frozen, ids, shape: Shape, attention: str) -> jax.Array:
-    """The normed stream [B, T, dim]."""
+def hidden_states(adapters, frozen, ids, shape: Shape, attention: str, spread=lambda x: x):
+    """The normed stream [B, T, dim]; `spread` says how the devices share it."""
 
     def layer(x, weights):
+        x = spread(x)
+
         def linear(name, x):
             q, (a, b) = weights[name]
             return qjax.matmul(x, q) + (2 * lora_matmul(x, a, b)).astype(x.dtype)
@@ -168,15 +174,15 @@ def hidden_states(adapters, frozen, ids, shape: Shape, attention: str) -> jax.Ar
     return norm(jax.lax.scan(jax.checkpoint(layer), x, stacks)[0])
 
 
-def loss_fn(adapters, frozen, ids, shape: Shape, attention: str) -> jax.Array:
-    x = hidden_states(adapters, frozen, ids, shape, attention)
+def loss_fn(adapters, frozen, ids, *how) -> jax.Array:
+    x = hidden_states(adapters, frozen, ids, *how)
     logits = jnp.dot(x, frozen["head"].T, preferred_element_type=jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
 
 
-def make_step(tx, shape: Shape, attention: str):
+def make_step(tx, *how):
     def step(adapters, state, frozen, ids):
-        loss, grads = jax.value_and_grad(loss_fn)(adapters, frozen, ids, shape, attention)
+        loss, grads = jax.value_and_grad(loss_fn)(adapters, frozen, ids, *how)
         updates, state = tx.update(grads, state, adapters)
         return optax.apply_updates(adapters, updates), state, loss
 
@@ -191,11 +197,11 @@ def log(**row) -> dict:
 class Training:
     """A step compiled for one mesh."""
 
-    def __init__(self, how: str, devices, args, shape: Shape, made, memory_kind: str | None = None):
-        self.how, self.args, self.count = how, args, len(devices)
+    def __init__(self, how: str, devices, args, shape: Shape, made, kind=None, options=()):
+        self.how, self.args, self.count, self.options = how, args, len(devices), dict(options)
         start = time.perf_counter()
         mesh = Mesh(np.array(devices), ("m",), axis_types=(AxisType.Auto,))
-        shardings = placements(made[0], mesh, how, memory_kind)
+        shardings = placements(made[0], mesh, how, kind)
         self.frozen = jax.device_put(made[0], shardings[0])
         own = jax.tree.map(jnp.copy, made[1])  # they are donated
         self.adapters = jax.device_put(own, shardings[1])
@@ -206,15 +212,20 @@ class Training:
             tx.init(self.adapters),
         )
         ids = jax.random.randint(jax.random.key(3), (args.batch, args.length), 0, VOCAB, jnp.int32)
-        self.ids = jax.device_put(ids, NamedSharding(mesh, P("m" if how == "fsdp" else None)))
+        # FSDP splits the batch. Said of the activations too: from the weights alone the compiler
+        # would split their features.
+        rows = NamedSharding(mesh, P("m" if how == "fsdp" else None))
+        self.ids = jax.device_put(ids, rows)
         placed = time.perf_counter()
         kept = jax.tree.map(lambda a: a.sharding, (self.adapters, self.state))
+        spread = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
         step = jax.jit(
-            make_step(tx, shape, args.attention),
+            make_step(tx, shape, args.attention, spread),
             donate_argnums=(0, 1),
             out_shardings=(*kept, everywhere),
         )
-        self.compiled = step.lower(self.adapters, self.state, self.frozen, self.ids).compile()
+        lowered = step.lower(self.adapters, self.state, self.frozen, self.ids)
+        self.compiled = lowered.compile(compiler_options=self.options)
         self.seconds = {"place_s": placed - start, "compile_s": time.perf_counter() - placed}
 
     def measure(self) -> dict:
@@ -232,23 +243,25 @@ class Training:
         return log(
             how=self.how,
             gpus=self.count,
+            options=self.options,
             tokens_per_s=round(self.ids.size / step_time),
             step_ms=round(step_time * 1e3, 1),
             steps_ms=[round(t * 1e3, 1) for t in times],
             losses=[round(loss, 4) for loss in losses],
-            peak_gib=[peak_gib(d) for d in self.ids.sharding.device_set],
+            device_gib=device_gib(self.compiled),
             calls=calls(self.compiled),
             collectives=collections.Counter(re.findall(kinds, text)),
             **{k: round(v, 1) for k, v in self.seconds.items()},
         )
 
 
-def peak_gib(device) -> float | None:
-    stats = device.memory_stats()
-    return stats and round(stats["peak_bytes_in_use"] / 2**30, 2)
+def device_gib(compiled) -> float:
+    """What a step takes of each device's memory: arguments and what it works with."""
+    memory = compiled.memory_analysis()
+    return round((memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30, 2)
 
 
-def check_products(devices) -> None:
+def check_products(devices) -> list[dict]:
     """Products of few rows on both GPUs, automatic and explicit axes, against one GPU."""
     q = jax.jit(functools.partial(random_weight, 4096, 4096))(jax.random.key(4))
 
@@ -263,14 +276,17 @@ def check_products(devices) -> None:
             compiled = jax.jit(qjax.matmul).lower(x, on).compile()
             y = np.asarray(compiled(x, on), np.float32)
         error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
-        log(check=kind.name, spec=str(spec), rows=rows, error=float(error), calls=calls(compiled))
+        about = {"check": kind.name, "spec": str(spec), "rows": rows, "error": float(error)}
+        return log(**about, calls=calls(compiled))
 
     kinds, specs = (AxisType.Auto, AxisType.Explicit), (P(None, "m"), P("m", None))
-    cases = list(itertools.product(kinds, specs, (1, 512)))
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for case, done in [(case, pool.submit(check, *case)) for case in cases]:
-            if done.exception():
-                log(check=str(case), failed=repr(done.exception())[:500])
+    rows = []
+    for case in itertools.product(kinds, specs, (1, 512)):
+        try:
+            rows.append(check(*case))
+        except Exception as error:  # the others still count
+            rows.append(log(check=str(case), failed=repr(error)[:3000]))
+    return rows
 
 
 def calls(compiled) -> dict[str, int]:
@@ -286,16 +302,18 @@ def two_gpus(args, shape: Shape) -> list[dict]:
     log(make_s=round(time.perf_counter() - start, 1))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sets = [("one", devices[:1]), ("tensor", devices[:2]), ("fsdp", devices[:2])]
-        runs = [pool.submit(Training, how, some, args, shape, made) for how, some in sets]
-        for run in runs:
-            try:
-                rows.append(run.result().measure())
-            except Exception as error:
-                log(failed=repr(error)[:3000])
-            if run is runs[0]:
-                check_products(devices[:2])
-                while args.wait_for and not args.wait_for.exists():
-                    time.sleep(0.5)
+        cases = [(how, some, args, shape, made) for how, some in sets]
+        compiling = [pool.submit(Training, *case) for case in cases]
+        if devices[0].platform == "gpu":
+            compiling += [pool.submit(Training, *case, options=OVERLAP) for case in cases[1:]]
+        rows += check_products(devices[:2])
+    while args.wait_for and not args.wait_for.exists():
+        time.sleep(0.5)
+    for training in compiling:  # all are compiled: nothing else runs now
+        try:
+            rows.append(training.result().measure())
+        except Exception as error:  # the others still count
+            rows.append(log(failed=repr(error)[:3000]))
     return rows
 
 
@@ -306,9 +324,10 @@ def offload(args, shape: Shape) -> list[dict]:
     log(make_s=round(time.perf_counter() - start, 1))
     training = Training("one", [device], args, shape, made, "pinned_host")
     held = sum(q.nbytes for q in training.frozen.values() if isinstance(q, qjax.QTensor))
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    log(weights_gib=round(held / 2**30, 2), limit_gib=round(limit / 2**30, 2), **training.seconds)
-    rows = [training.measure() | {"weights_gib": held / 2**30, "limit_gib": limit / 2**30}]
+    rows = [training.measure()]
+    stats = device.memory_stats() or {"bytes_limit": 0, "peak_bytes_in_use": 0}
+    sizes = {"weights": held, "limit": stats["bytes_limit"], "peak": stats["peak_bytes_in_use"]}
+    rows.append(log(**{f"{name}_gib": round(size / 2**30, 2) for name, size in sizes.items()}))
 
     @jax.jit
     def one_token(adapters, frozen, ids):
@@ -329,6 +348,7 @@ def offload(args, shape: Shape) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--commit", default="unknown")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
@@ -342,9 +362,16 @@ def main() -> None:
     if args.layers:
         shape = dataclasses.replace(shape, layers=args.layers)
     rows = (offload if args.offload else two_gpus)(args, shape)
-    device = jax.devices()[0].device_kind
-    report = {"device": device, "jax": jax.__version__, "shape": dataclasses.asdict(shape)}
-    report |= {"batch": args.batch, "length": args.length, "rows": rows}
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.date.today().isoformat(),
+        "commit": args.commit,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+        "shape": dataclasses.asdict(shape),
+        "batch": args.batch,
+        "length": args.length,
+        "rows": rows,
+    }
     args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

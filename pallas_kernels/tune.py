@@ -28,9 +28,10 @@ def device_time(compiled: Callable, xs: list, weights: list) -> float:
     """Microseconds of one product: the sum of its device kernels, median of the repetitions."""
     from jax.experimental.mosaic.gpu import profiler  # only where there is a GPU
 
-    measured = profiler.Cupti(finalize=False).measure(compiled, iterations=REPEATS)
-    milliseconds: Any = measured(xs, weights)[1]  # a list: of each repetition
-    if milliseconds is None:
+    # One repetition a measurement: XLA does not launch as many kernels in each.
+    measured = profiler.Cupti(finalize=False).measure(compiled)
+    milliseconds = [measured(xs, weights)[1] for _ in range(REPEATS)]
+    if None in milliseconds:
         raise RuntimeError("CUPTI reported no kernels: is another profiler running?")
     return statistics.median(milliseconds) * 1e3 / len(xs)
 

@@ -37,6 +37,8 @@ def evaluate(
     model: Callable[..., jax.Array],
     batches: Iterable[Any],
     reference: Callable[..., jax.Array] | None = None,
+    *,
+    kv_format: str | None = None,
 ) -> Quality:
     """Measure a causal language model on token ids.
 
@@ -46,8 +48,11 @@ def evaluate(
             that do not count: padding, or what an earlier window has scored. The first token of a
             row is not predicted. One batch is held at a time.
         reference: another model, such as the one in floating point, to compare with.
+        kv_format: have the model (of `qjax.models`) read keys and values from a cache in this
+            format, as `generate` does; the reference does not.
 
     Raises:
+        TypeError: a kv_format for what has no such cache.
         ValueError: batches are empty, not integers of rank 2, or shorter than two tokens; a
             reference with another vocabulary.
 
@@ -56,7 +61,8 @@ def evaluate(
         >>> round(evaluate(uniform, [np.zeros((1, 5), np.int32)]).perplexity, 3)
         10.0
     """
-    run, against = _compiled(model), None if reference is None else _compiled(reference)
+    run = _compiled(model, kv_format)
+    against = None if reference is None else _compiled(reference)
     sums = np.zeros(4)
     count = 0
     for batch in batches:
@@ -128,12 +134,30 @@ def _cosines(hidden: jax.Array, others: jax.Array, mask: jax.Array) -> jax.Array
     return jnp.sum(a * b, axis=-1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
 
 
-def _compiled(model: Callable[..., jax.Array]) -> Callable[[jax.Array], jax.Array]:
+def _compiled(
+    model: Callable[..., jax.Array], kv_format: str | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    if kv_format is not None and not hasattr(model, "init_cache"):
+        raise TypeError(f"kv_format={kv_format!r} needs a model of qjax.models, with a cache")
     if not isinstance(model, nnx.Module):
         return jax.jit(model)
     graphdef, state = nnx.split(model)  # weights are arguments, not constants of the program
-    run = jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))
+
+    @jax.jit
+    def run(state, ids):
+        model = nnx.merge(graphdef, state)
+        return model(ids) if kv_format is None else _cached(model, ids, kv_format)
+
     return lambda ids: run(state, ids)
+
+
+def _cached(model: Any, ids: jax.Array, kv_format: str) -> jax.Array:
+    """Return the logits of tokens that read each other from a cache."""
+    cache = model.init_cache(*ids.shape, kv_format)
+    # A first call reads its own keys and values as they are: it gets one token.
+    first, cache = model.hidden(ids[:, :1], cache=cache)
+    rest, _ = model.hidden(ids[:, 1:], cache=cache)
+    return model.logits(jnp.concatenate([first, rest], axis=1))
 
 
 def _checked(batch: Any) -> tuple[jax.Array, np.ndarray]:

@@ -33,7 +33,7 @@ class LanguageModel(Protocol):
     config: Any
     dtype: Any  # of the computation
 
-    def init_cache(self, batch: int, slots: int) -> Any:
+    def init_cache(self, batch: int, slots: int, kv_format: str | None = None) -> Any:
         """Return an empty key-value cache with an attribute `slots`."""
 
     def hidden(self, ids, attention_mask=None, *, positions=None, cache=None) -> Any:
@@ -55,6 +55,7 @@ def generate(
     top_p: float | None = None,
     stop_tokens: tuple[int, ...] = (),
     key: jax.Array | None = None,
+    kv_format: str | None = None,
 ) -> jax.Array:
     """Continue each row of `ids` by up to `max_new_tokens` tokens.
 
@@ -69,6 +70,8 @@ def generate(
         stop_tokens: a row ends at the first of these that it produces (which is kept); the rest of
             the row is filled with `stop_tokens[0]`. The loop ends when all rows have ended.
         key: JAX random key; needed when `temperature > 0`.
+        kv_format: "int8" or "int4" holds the keys and values of the tokens so far in 8.5 or 4.5
+            bits a number; None in the dtype of the computation.
 
     Returns:
         int32 [B, T + max_new_tokens]: `ids`, then the new tokens (after right padding too).
@@ -87,7 +90,7 @@ def generate(
         "stop_tokens": stop_tokens,
         "key": key,
     }
-    session = _start(model, ids, attention_mask, max_new_tokens, options)
+    session = _start(model, ids, attention_mask, max_new_tokens, kv_format, **options)
     if session is None:
         return as_tokens(ids)[0]
     tokens = session.run(max_new_tokens)
@@ -124,7 +127,7 @@ def stream(
     """
     if not isinstance(every, numbers.Integral) or every < 1:
         raise ValueError(f"every={every!r} must be an int, 1 or more")
-    session = _start(model, ids, attention_mask, max_new_tokens, options)
+    session = _start(model, ids, attention_mask, max_new_tokens, **options)
     if session is None:
         return
     ends = [*range(every, max_new_tokens, every), max_new_tokens]
@@ -210,7 +213,9 @@ class _Session:
         return self.state.tokens
 
 
-def _start(model, ids, attention_mask, max_new_tokens, options) -> _Session | None:
+def _start(
+    model, ids, attention_mask, max_new_tokens, kv_format=None, **options
+) -> _Session | None:
     """Check the arguments and read the prompt; None where no token is asked for."""
     ids, attention_mask = as_tokens(ids, attention_mask)
     _check_tokens(model.config, ids, attention_mask, max_new_tokens)
@@ -228,18 +233,19 @@ def _start(model, ids, attention_mask, max_new_tokens, options) -> _Session | No
     # Once, as each product would; and A as the products of one row on a GPU read it.
     by_columns = len(ids) == 1 and target().is_cuda
     params = _Params(_cast(adapters, model.dtype, by_columns), rest, by_columns)
-    logits, lengths, cache = _prefill(graphdef, params, ids, attention_mask, slots)
+    logits, lengths, cache = _prefill(graphdef, params, ids, attention_mask, slots, kv_format)
     token, tokens, done = _first(logits, slots, sampling)
     state = _State(np.int32(1), token, tokens, done, lengths, cache)
     return _Session(graphdef, params, state, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(graphdef, params, ids, mask, slots: int):
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _prefill(graphdef, params, ids, mask, slots: int, kv_format: str | None):
     """Read the prompt; return the logits [B, vocab] after it, its length and the filled cache."""
     model = _model(graphdef, params)
     batch, width = ids.shape
-    cache = model.init_cache(batch, slots)
+    formats = () if kv_format is None else (kv_format,)
+    cache = model.init_cache(batch, slots, *formats)
     if mask is None:
         lengths = jnp.full((batch,), width, jnp.int32)
         hidden, cache = model.hidden(ids, cache=cache)
@@ -288,7 +294,8 @@ def _model(graphdef, params: _Params) -> Any:
     """Put the model together with its dropout off: while tracing, where it costs nothing."""
     model: Any = nnx.merge(graphdef, params.adapters, params.rest)
     if params.by_columns:
-        for _, layer in nnx.iter_modules(model):
+        for _, module in nnx.iter_modules(model):
+            layer: Any = module
             if hasattr(layer, "lora_by_columns"):
                 layer.lora_by_columns = True
             elif getattr(layer, "lora_a", None) is not None:

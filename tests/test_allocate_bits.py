@@ -73,6 +73,10 @@ def test_parameters_and_a_distance_of_ones_own():
     [
         ({"batches": [], "budget_bits": 5.0}, "batches is empty"),
         (
+            {"batches": [BATCHES[0], np.ones((8, 63))], "budget_bits": 5.0},
+            r"batches\[1\] does not fit the model: .*63",
+        ),
+        (
             {"batches": BATCHES, "budget_bits": 4.0},
             r"budget_bits=4.0 cannot be met: the smallest of the formats needs 4.141",
         ),

@@ -147,6 +147,10 @@ def bad_calls():
     return {
         "method must be one of": lambda: qjax.calibrate(model, reference, [x], method="magic"),
         "batches is empty": lambda: qjax.calibrate(model, reference, []),
+        r"batches\[1\] does not fit the model: x must be .*got shape": lambda: qjax.calibrate(
+            model, reference, [x, x[:, 1:]]
+        ),
+        "up/kernel: no activations": lambda: qjax.calibrate(model, reference, [x[:0]]),
         "activations of the calibration data hold NaN": lambda: qjax.calibrate(
             model, reference, [x * np.nan]
         ),

@@ -25,13 +25,23 @@ LARGE_TILES = (
     LargeTiles(256, 5, 4),
     LargeTiles(128, 8, 0),
     LargeTiles(128, 8, 2),
+    LargeTiles(128, 8, 4),
 )
-# Microseconds, by measurement on an H100 (SXM): of a step of 64 and of adding a sum, by the tile's
-# rows of x; of a launch; of starting and storing a tile, or a part of one.
-_STEP_US = {256: 0.695, 128: 0.54}
-_SUM_US = {256: 5.5, 128: 3.0}
-_LAUNCH_US, _PART_US = 3.5, 2.6
-_CACHED_ROWS, _UNCACHED = 2048, 1.1  # beyond so many rows of x, steps take longer
+# Microseconds, by measurement on an H100 (SXM) by the tile's rows of x: of a step of 64; of storing
+# a tile, or a share of one; of adding sums, and of each. And of a launch.
+_STEP_US = {256: 0.70, 128: 0.50}
+_TILE_US = {256: 1.9, 128: 1.5}
+_SUMS_US = {256: (4.5, 2.0), 128: (3.8, 0.5)}
+_LAUNCH_US = 2.1
+_LONG_ROWS, _UNEVEN_ROWS = 2048, 1024  # beyond so many rows of x steps take longer
+
+
+def _slowdown(m: int, weights: int, even: bool) -> float:
+    """How much longer a step takes than of few rows of x."""
+    if m > _LONG_ROWS:  # x leaves the L2 cache; after half a millisecond clocks are lower
+        return 1.2 if weights > 2**25 else 1.1
+    # Uneven shares are at different places of the contraction: they share less of the L2 cache.
+    return 1.1 if m > _UNEVEN_ROWS and not even else 1.0
 
 
 def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int) -> float:
@@ -39,14 +49,15 @@ def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: in
     count = math.ceil(outputs / 256) * math.ceil(m / tiles.rows)  # of tiles, each of a cluster
     clusters = min(sms // 2, count * max(1, tiles.split))
     share = count / clusters if tiles.split else math.ceil(count / clusters)
-    parts, sums = math.ceil(share), 0
+    begun, sums = math.ceil(share), 0
     if clusters > count:  # of a tile: the head adds the others
         sums = math.ceil(clusters / count) - (clusters % count == 0)
     elif share % 1:
-        parts, sums = parts + 1, 1
-    step = _STEP_US[tiles.rows] * (_UNCACHED if m > _CACHED_ROWS else 1)
+        begun, sums = begun + 1, 1
+    step = _STEP_US[tiles.rows] * _slowdown(m, outputs * contracted, share % 1 == 0)
     steps = share * 2 * math.ceil(contracted / 128)
-    return _LAUNCH_US + steps * step + parts * _PART_US + sums * _SUM_US[tiles.rows]
+    first, each = _SUMS_US[tiles.rows] if sums else (0, 0)
+    return _LAUNCH_US + steps * step + begun * _TILE_US[tiles.rows] + first + sums * each
 
 
 def choose_large(m: int, outputs: int, contracted: int, sms: int) -> LargeTiles:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qjax.calibration.moments import tuples
+from qjax.calibration.moments import run_batch, tuples
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
 from qjax.core.qtensor import QTensor
@@ -57,7 +57,7 @@ def allocate_bits(
         `cfg` with an override for each weight.
 
     Raises:
-        ValueError: no batches, no weight to quantize, or a budget below the smallest format's.
+        ValueError: no batches or ones that do not fit the model, no weight to quantize, or a budget below the smallest format's.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
@@ -70,7 +70,8 @@ def allocate_bits(
         raise ValueError("batches is empty: sensitivities are measured on data")
     plan = _weights(x, cfg)
     model = _Model(x, call)
-    wanted = [model.run({}, batch) for batch in data]
+    floats = lambda *batch: model.run({}, batch)  # noqa: E731
+    wanted = [run_batch(floats, batch, i) for i, batch in enumerate(data)]
     distance = jax.jit(distance or (lambda a, b: jnp.mean((a - b) ** 2)))
 
     def choice(path: str, like: QTensor, format: str) -> _Choice:

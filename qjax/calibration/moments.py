@@ -53,6 +53,14 @@ def tuples(batches: Iterable[Any]) -> Iterator[tuple]:
         yield batch if isinstance(batch, tuple) else (batch,)
 
 
+def run_batch(call: Callable[..., Any], batch: tuple, index: int) -> Any:
+    """Return `call(*batch)`; what it raises for batches that do not fit names the batch."""
+    try:
+        return call(*batch)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"batches[{index}] does not fit the model: {error}") from error
+
+
 def observed_moments(
     call: Callable[..., Any], names: Mapping[int, str], batches: Iterable[Any]
 ) -> Moments:
@@ -68,10 +76,7 @@ def observed_moments(
     count = 0
     with trace.observing(moments.add, names):
         for batch in tuples(batches):
-            try:
-                call(*batch)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"batches[{count}] does not fit the model: {error}") from error
+            run_batch(call, batch, count)
             count += 1
     if not count:
         raise ValueError("batches is empty: calibration needs at least one")

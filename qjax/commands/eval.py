@@ -48,7 +48,7 @@ def evaluate(
         typer.Option(
             help="The model in floating point, to compare with. For a folder of qjax.save also "
             "what it was made of.",
-            show_default="PATH itself with --format or --config",
+            show_default="PATH itself with --format, --config or --kv-format",
         ),
     ] = None,
     format: Annotated[
@@ -58,6 +58,13 @@ def evaluate(
     config: Annotated[
         Path | None,
         typer.Option(help="The same, with the fields of QuantConfig in a JSON file."),
+    ] = None,
+    kv_format: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(
+            help="Hold keys and values in 8 or 4 bits, as in generate.",
+            show_default="as they are computed",
+        ),
     ] = None,
     window: Window = None,
     stride: Stride = None,
@@ -84,14 +91,21 @@ def evaluate(
         models = [load_model(path, config=quant, dtype=computing, base=reference)]
         if reference is not None:
             models.append(load_model(reference, dtype=computing))
+        elif kv_format is not None:
+            models *= 2  # the same model without
         reads = Text(text, window, stride, batch_size, max_tokens)
-        report(models, reads, out, plot, ("model", "reference"))
+        report(models, reads, out, plot, ("model", "reference"), kv_format)
 
 
 def report(
-    models: list[Loaded], text: Text, out: Path | None, plot: Path | None, titles: tuple[str, str]
+    models: list[Loaded],
+    text: Text,
+    out: Path | None,
+    plot: Path | None,
+    titles: tuple[str, str],
+    kv_format: str | None = None,
 ) -> None:
     """Measure the first model, against the second if there is one, and show it."""
-    found = measure(models, text)
+    found = measure(models, text, kv_format)
     Console(soft_wrap=True).print(as_table(models, found, titles), highlight=False)
     write_outputs(models, found, text, out, plot)

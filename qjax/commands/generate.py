@@ -60,6 +60,13 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among this many tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    kv_format: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(
+            help="Hold the keys and values of the text so far in 8 or 4 bits: longer texts fit.",
+            show_default="as they are computed",
+        ),
+    ] = None,
 ) -> None:
     """Continue a text, or answer a message, and print it as it comes.
 
@@ -73,7 +80,8 @@ def generate(
         ids = encode(folder, tokenizer, text, chat)
         model = load(folder, quantize, adapter)
         stop = stop_tokens(folder)
-        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        sampling["kv_format"] = kv_format
         sampling |= {"key": jax.random.key(seed), "stop_tokens": stop}
         tokens = stream(model, ids, min(max_new_tokens, room(model, ids)), **sampling)
         console = Console(soft_wrap=True)

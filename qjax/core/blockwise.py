@@ -143,7 +143,12 @@ def _quantize(w, format, block_size, double_quant, contract_axes, batch_ndim, pl
         whole = jax.tree.map(lambda _: everywhere, placed.packed if double_quant else placed.scales)
         packed, scales, finite = on_mesh(first_level, (placed.packed, whole, everywhere), w)
     if double_quant:
-        scales = _map_slices(quantize_scales, batch_ndim, scales)
+        second_level = functools.partial(_map_slices, quantize_scales, batch_ndim)
+        if placed is None:
+            scales = second_level(scales)
+        else:
+            whole = jax.tree.map(lambda _: everywhere, placed.scales)
+            scales = on_mesh(second_level, whole, scales)
     return packed, scales if placed is None else place(scales, placed.scales), finite
 
 

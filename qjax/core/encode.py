@@ -41,7 +41,8 @@ def encode_rows(rows: jax.Array, format: Format, block_size: int) -> tuple:
 
 def _eight_bit(rows: jax.Array, format: Format) -> tuple[jax.Array, Scales, jax.Array]:
     absmax = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
-    scaled = rows * jnp.where(absmax > 0, format.largest / absmax, 0)
+    # Torch, and so bitsandbytes, divides a number by an array in this way.
+    scaled = rows * jnp.where(absmax > 0, np.float32(1) / absmax * format.largest, 0)
     if format.code_dtype.kind == "i":
         scaled = jnp.round(scaled)
     return scaled.astype(format.code_dtype), absmax, jnp.isfinite(absmax).all()

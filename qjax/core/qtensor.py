@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dequantize as dequantize_rows
 from pallas_kernels.lookup import lookup
 from pallas_kernels.packing import unpack
 from pallas_kernels.scales import decode_scales
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
 from qjax.core.config import QuantConfig
+from qjax.core.decode_rows import decode_rows
 from qjax.core.double_quant import DoubleQuant
 from qjax.core.formats import Format, format_of
 from qjax.core.placement import explicit_mesh, on_device, on_mesh, weight_sharding
@@ -203,7 +203,7 @@ def _decode_rows(q: QTensor, dtype) -> jax.Array:
         return _decode_affine(packed, q.scales, q.block_size).astype(dtype)
     table = jnp.asarray(q.codebook)
     scales = kernel_scales(q.scales)
-    return dequantize_rows(packed, scales, table, block_size=q.block_size, dtype=dtype)
+    return decode_rows(packed, scales, table, q.block_size, dtype)
 
 
 def _decode_affine(packed, scales: AffineScales, block_size: int) -> jax.Array:

@@ -90,7 +90,10 @@ def _read(source: Checkpoint, name: str, where: Stored, each: tuple[int, ...]) -
             f"its config says {list(expected)}"
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{source.path}: tensor {name!r} is {value.dtype}, must be floating")
+        hint = (
+            f"; 8-bit weights need {name.removesuffix('weight')}SCB" if value.dtype == "i1" else ""
+        )
+        raise ValueError(f"{source.path}: tensor {name!r} is {value.dtype}, must be floating{hint}")
     return value
 
 

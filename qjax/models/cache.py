@@ -5,14 +5,21 @@ Slots are columns of the batch: token `t` of every row sits in slot `t`, padding
 padded rows of different lengths share one write index.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import decode_attention
+from qjax.models.packed_cache import (
+    BITS,
+    PackedKeys,
+    PackedValues,
+    check_kv_format,
+    place,
+    read,
+)
 
 
 class KVCache(NamedTuple):
@@ -21,14 +28,15 @@ class KVCache(NamedTuple):
     Attributes:
         k, v: per layer [B, kv_heads, slots, head_dim] in a tuple; or all layers stacked in one
             array [layers, B, kv_heads, slots, head_dim] for a model that scans over its layers.
-            What a head reads lies together.
+            What a head reads lies together. In 8 or 4 bits `PackedKeys` and `PackedValues` stand
+            for the arrays.
         valid: bool [B, slots].
         length: int32 scalar, the slots written so far; a NumPy scalar while nothing is written, so
             that this is known when a call is traced.
     """
 
-    k: tuple[jax.Array, ...] | jax.Array
-    v: tuple[jax.Array, ...] | jax.Array
+    k: tuple[jax.Array | PackedKeys, ...] | jax.Array | PackedKeys
+    v: tuple[jax.Array | PackedValues, ...] | jax.Array | PackedValues
     valid: jax.Array
     length: jax.Array | np.generic
 
@@ -38,45 +46,72 @@ class KVCache(NamedTuple):
         return self.valid.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether keys and values are in 8 or 4 bits."""
+        return isinstance(self.k[0] if isinstance(self.k, tuple) else self.k, PackedKeys)
+
+    @property
     def is_fresh(self) -> bool:
         """Whether it is known to be empty."""
         return isinstance(self.length, np.generic) and self.length == 0
 
 
 def init_cache(
-    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, stacked: bool
+    layers: int,
+    batch: int,
+    slots: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype,
+    stacked: bool,
+    kv_format: str | None = None,
 ) -> KVCache:
-    """Return an empty cache. `stacked` chooses one array for all layers over a tuple of arrays."""
-    shape = (batch, kv_heads, slots, head_dim)
+    """Return an empty cache.
 
-    def zeros():
-        if stacked:
-            return jnp.zeros((layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
-
-    return KVCache(zeros(), zeros(), jnp.zeros((batch, slots), jnp.bool_), np.int32(0))
-
-
-def write(cache: KVCache, layer, k: jax.Array, v: jax.Array) -> KVCache:
-    """Write k and v [B, T, kv_heads, head_dim] of T tokens at the cache's length.
-
-    `layer` is an int for a tuple cache, and may be traced for a stacked one. `valid` and `length`
-    are the caller's: they move once a step, not once a layer.
+    Args:
+        stacked: one array for all layers in place of a tuple of arrays.
+        kv_format: "int8" or "int4" (`qjax.models.packed_cache`); None is `dtype`.
     """
-    k, v = (_write(store, layer, new, cache.length) for store, new in ((cache.k, k), (cache.v, v)))
-    return cache._replace(k=k, v=v)
+    check_kv_format(kv_format, head_dim)
+    shape = (batch, kv_heads, slots, head_dim)
+    if kv_format is None:
+        makers = [lambda shape: jnp.zeros(shape, dtype)] * 2
+    else:
+        bits = BITS[kv_format]
+        makers = [
+            lambda shape: PackedKeys.zeros(shape, dtype, bits),
+            lambda shape: PackedValues.zeros(shape, bits),
+        ]
+    k, v = (
+        make((layers, *shape)) if stacked else tuple(make(shape) for _ in range(layers))
+        for make in makers
+    )
+    return KVCache(k, v, jnp.zeros((batch, slots), jnp.bool_), np.int32(0))
 
 
-def read(cache: KVCache, layer) -> tuple[jax.Array, jax.Array]:
-    """Return a layer's k and v, all slots: [B, slots, kv_heads, head_dim]."""
-    if not isinstance(cache.k, tuple):
-        take = functools.partial(jax.lax.dynamic_index_in_dim, axis=0, keepdims=False)
-        return take(cache.k, layer).swapaxes(1, 2), take(cache.v, layer).swapaxes(1, 2)
-    return cache.k[layer].swapaxes(1, 2), cache.v[layer].swapaxes(1, 2)
+def write(
+    cache: KVCache, layer, k: jax.Array, v: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Write k and v of T tokens at the cache's length; return it and the layer's whole k and v.
+
+    k, v are [B, T, kv_heads, head_dim], and so are the whole ones. `layer` is an int for a tuple
+    cache, and may be traced for a stacked one. `valid` and `length` are the caller's: they move
+    once a step, not once a layer.
+    """
+    new_k, whole_k = _write(cache.k, layer, k.swapaxes(1, 2), cache.length)
+    new_v, whole_v = _write(cache.v, layer, v.swapaxes(1, 2), cache.length)
+    # Packed keys are in groups, of which the last may end behind the slots.
+    k, v = (whole[:, :, : cache.slots].swapaxes(1, 2) for whole in (whole_k, whole_v))
+    return cache._replace(k=new_k, v=new_v), k, v
 
 
 def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> jax.Array:
-    """Attend to a layer with the one query a row that was written last.
+    """Attend to a layer of a float cache with the one query a row that was written last.
 
     Args:
         q: [B, 1, heads, head_dim].
@@ -87,19 +122,23 @@ def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> j
         Of q's shape and dtype.
     """
     mask = jnp.broadcast_to(mask[:, 0, 0], cache.valid.shape)
-    k, v, index = cache.k, cache.v, layer
+    k: Any = cache.k
+    v: Any = cache.v
+    index, written = layer, jnp.asarray(cache.length) + 1
     if isinstance(k, tuple):
         k, v, index = k[layer], v[layer], None
-    length = cache.length + 1
-    return decode_attention(q[:, 0], k, v, mask, length, scale=scale, layer=index)[:, None]
+    return decode_attention(q[:, 0], k, v, mask, written, scale=scale, layer=index)[:, None]
 
 
-def _write(store, layer, new: jax.Array, start):
-    new, zero = new.swapaxes(1, 2), np.int32(0)
-    if isinstance(store, tuple):
-        new = new.astype(store[layer].dtype)
-        whole = jax.lax.dynamic_update_slice(store[layer], new, (zero, zero, start, zero))
-        return (*store[:layer], whole, *store[layer + 1 :])
-    # Only the new slots are written, so that a donated or loop-carried cache changes in place.
-    at = (jnp.asarray(layer, jnp.int32), zero, zero, start, zero)
-    return jax.lax.dynamic_update_slice(store, new.astype(store.dtype)[None], at)
+def _write(held, layer, new: jax.Array, start):
+    if isinstance(held, tuple):
+        one, whole = _write_one(held[layer], None, new, start)
+        return (*held[:layer], one, *held[layer + 1 :]), whole
+    return _write_one(held, layer, new, start)
+
+
+def _write_one(held, layer, new: jax.Array, start):
+    if isinstance(held, PackedKeys | PackedValues):
+        return held.write(layer, new, start)
+    held = place(held, layer, new, start)
+    return held, read(held, layer)

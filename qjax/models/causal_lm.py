@@ -159,8 +159,12 @@ class CausalLM(Pretrained):
             out = c.logit_softcap * jnp.tanh(out / c.logit_softcap)
         return out
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """Return an empty key-value cache for `slots` tokens a row, in the compute dtype."""
+    def init_cache(self, batch: int, slots: int, kv_format: str | None = None) -> KVCache:
+        """Return an empty key-value cache for `slots` tokens a row.
+
+        Args:
+            kv_format: "int8" or "int4"; None is the compute dtype.
+        """
         c = self.config
         return init_cache(
             c.num_hidden_layers,
@@ -170,6 +174,7 @@ class CausalLM(Pretrained):
             c.head_dim,
             self.dtype,
             stacked=c.scan_layers,
+            kv_format=kv_format,
         )
 
     def generate(self, ids, attention_mask=None, **options) -> jax.Array:

@@ -135,12 +135,13 @@ class Decoding(nnx.Module):
         self.config, self.dtype = model.config, model.dtype
         self.memory = nnx.Cache(memory)
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
+    def init_cache(self, batch: int, slots: int, kv_format: str | None = None) -> KVCache:
         """Return an empty key-value cache of the decoder's self-attention."""
         c = self.config
         heads = (c.num_key_value_heads, c.head_dim)
         dtype = self.model.dtype
-        return init_cache(c.num_decoder_layers, batch, slots, *heads, dtype, stacked=False)
+        sizes = (c.num_decoder_layers, batch, slots, *heads)
+        return init_cache(*sizes, dtype, stacked=False, kv_format=kv_format)
 
     def hidden(self, ids, attention_mask=None, *, positions=None, cache: KVCache | None = None):
         """Return the decoder's normed stream [B, D, hidden] and the cache; needs no positions."""

@@ -122,9 +122,23 @@ class QuantBox(meta.AxisMetadata):
             )
         return self.merged(self.q.dtype)
 
-    def merged(self, dtype: Any) -> jax.Array:
-        """Return the kernel plus its adapter in `dtype`, rounded once; dropout plays no part."""
-        w = jax.lax.stop_gradient(self.q.dequantize(jnp.float32))
+    def merged(self, dtype: Any, w: Any = None, name: str = "w") -> jax.Array:
+        """Return the kernel plus its adapter in `dtype`, rounded once; dropout plays no part.
+
+        Args:
+            dtype: of the sum.
+            w: the float kernel to add the adapter to, in the place of the decoded one.
+            name: its path, for errors.
+        """
+        if w is None:
+            w = self.q.dequantize(jnp.float32)
+        else:
+            w = to_front(jnp.asarray(meta.unbox(w), jnp.float32), self.stack_axes)
+            if w.shape != self.q.shape:
+                raise ValueError(
+                    f"source: {name} must be {list(self.q.shape)}, got {list(w.shape)}"
+                )
+        w = jax.lax.stop_gradient(w)
         where = self.q.contract_axes, len(self.q.batch_shape)
         if self.adapter is not None and self.lora_magnitude is not None:
             w = dora_weight(w, *self.adapter, self.lora_magnitude, self.scaling, *where)

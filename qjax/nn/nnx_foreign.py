@@ -22,7 +22,7 @@ from flax import nnx
 from qjax.core.qtensor import QTensor
 from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig, init_adapter
-from qjax.nn.nnx_param import QuantParam
+from qjax.nn.nnx_param import QuantParam, adapter_params
 from qjax.ops import trace
 from qjax.ops.lora import lora_einsum, lora_take, lora_weight
 from qjax.ops.matmul import einsum
@@ -122,9 +122,15 @@ def adapters_of(layer: Any) -> Iterator[tuple[str, Adapter]]:
 
 
 def init_foreign_adapter(
-    layer: Any, name: str, axes: WeightAxes, config: LoraConfig, rngs: nnx.Rngs, dtype: Any
+    layer: Any,
+    name: str,
+    axes: WeightAxes,
+    config: LoraConfig,
+    rngs: nnx.Rngs,
+    dtype: Any,
+    arrays: tuple[Any, Any] | None = None,
 ) -> None:
-    """Give a parameter of a `ForeignLayer` a new adapter; stacked ones get stacked ones.
+    """Give a parameter of a `ForeignLayer` an adapter; stacked ones get stacked ones.
 
     Args:
         layer: the module.
@@ -133,14 +139,18 @@ def init_foreign_adapter(
         config: rank, scaling, dropout and init.
         rngs: its "params" stream gives A, its "dropout" stream the masks.
         dtype: of A and B.
+        arrays: A and B, or None for new ones.
     """
     shape = tuple(vars(layer)[name].shape)
     batch = shape[: len(shape) - len(axes.shape) + axes.batch_ndim]
     stack = batch[: len(batch) - axes.batch_ndim]
-    a, b = init_adapter(rngs.params(), axes.contract_shape, axes.out_shape, config, batch, dtype)
+    if arrays is None:
+        sizes = axes.contract_shape, axes.out_shape
+        arrays = init_adapter(rngs.params(), *sizes, config, batch, dtype)
+    params = adapter_params(vars(layer)[name], axes, [a.astype(dtype) for a in arrays])
     setattr(layer, f"{name}_lora", Adapter(config, axes.contract_axes))
-    setattr(layer, f"{name}_lora_a", nnx.LoRAParam(a))
-    setattr(layer, f"{name}_lora_b", nnx.LoRAParam(b))
+    for part, param in zip("ab", params, strict=True):
+        setattr(layer, f"{name}_lora_{part}", param)
     if config.dropout:
         dropout = nnx.Dropout(config.dropout)
         stream = rngs["dropout"]

@@ -12,17 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from qjax.core.blockwise import quantize
 from qjax.core.config import QuantConfig
-from qjax.core.placement import adapter_specs, like, place, weight_shardings
+from qjax.core.placement import like, place, weight_shardings
 from qjax.core.qslice import QSlice, taken
 from qjax.core.qtensor import QTensor
 from qjax.nn.equation import WeightAxes
 from qjax.nn.lora import LoraConfig, init_adapter
 from qjax.nn.nnx_adapter import ADAPTER_ATTRIBUTES
-from qjax.nn.nnx_param import NOT_EAGER, SHARDING, QuantParam, quant_metadata, variable_sharding
+from qjax.nn.nnx_param import QuantParam, adapter_params, quant_metadata, variable_sharding
 from qjax.ops import trace
 from qjax.ops.dora import column_norms, dora_output, dora_weight
 from qjax.ops.lora import block_diagonal, lora_weight
@@ -94,7 +93,7 @@ class LoraLayer(nnx.Module):
         self.drop_adapter()
         self.lora_config = config
         weight = getattr(self, self.weight_name)
-        self.lora_a, self.lora_b = _adapter_params(weight, self.weight_axes(), (a, b))
+        self.lora_a, self.lora_b = adapter_params(weight, self.weight_axes(), (a, b))
         if config.dora:
             magnitude = self._norms() if magnitude is None else magnitude
             self.lora_magnitude = nnx.LoRAParam(magnitude)
@@ -284,23 +283,6 @@ def quantize_weight(
     if sharding is not None:
         q = place(q, weight_shardings(q, sharding, name))
     return QuantParam(q, **quant_metadata(variable))
-
-
-def _adapter_params(weight: nnx.Variable, axes: WeightAxes, arrays: Any) -> list[nnx.LoRAParam]:
-    """Return A and B as parameters that are sharded as the weight is."""
-    ndim, metadata = len(weight.shape), weight.get_metadata()
-    axes_of = ndim, ndim - len(axes.shape) + axes.batch_ndim, axes.contract_axes
-    sharding = variable_sharding(weight)
-    if sharding is not None:
-        specs = adapter_specs(sharding.spec, *axes_of)
-        arrays = place(tuple(arrays), tuple(NamedSharding(sharding.mesh, s) for s in specs))
-    if not metadata.get("out_sharding"):
-        return [nnx.LoRAParam(a) for a in arrays]
-    kept = {key: metadata[key] for key in SHARDING if key in metadata} | NOT_EAGER
-    return [
-        nnx.LoRAParam(a, **{**kept, "out_sharding": tuple(spec)})
-        for a, spec in zip(arrays, adapter_specs(metadata["out_sharding"], *axes_of), strict=True)
-    ]
 
 
 def stacked_ndim(shape: tuple[int, ...], axes: WeightAxes, name: str) -> int:

@@ -10,9 +10,16 @@ from flax.nnx.spmd import get_var_pspec
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qjax.core.placement import place, sharding_of, weight_shardings, weight_specs
+from qjax.core.placement import (
+    adapter_specs,
+    place,
+    sharding_of,
+    weight_shardings,
+    weight_specs,
+)
 from qjax.core.qslice import taken
 from qjax.core.qtensor import QTensor
+from qjax.nn.equation import WeightAxes
 from qjax.ops import trace
 from qjax.ops.take import take
 
@@ -153,3 +160,20 @@ def variable_sharding(variable: nnx.Variable) -> NamedSharding | None:
     if mesh.empty or not isinstance(array, Tracer):
         return None
     return NamedSharding(mesh, get_var_pspec(variable) or PartitionSpec())
+
+
+def adapter_params(weight: nnx.Variable, axes: WeightAxes, arrays: Any) -> list[nnx.LoRAParam]:
+    """Return A and B as parameters that are sharded as the weight is."""
+    ndim, metadata = len(weight.shape), weight.get_metadata()
+    axes_of = ndim, ndim - len(axes.shape) + axes.batch_ndim, axes.contract_axes
+    sharding = variable_sharding(weight)
+    if sharding is not None:
+        specs = adapter_specs(sharding.spec, *axes_of)
+        arrays = place(tuple(arrays), tuple(NamedSharding(sharding.mesh, s) for s in specs))
+    if not metadata.get("out_sharding"):
+        return [nnx.LoRAParam(a) for a in arrays]
+    kept = {key: metadata[key] for key in SHARDING if key in metadata} | NOT_EAGER
+    return [
+        nnx.LoRAParam(a, **{**kept, "out_sharding": tuple(spec)})
+        for a, spec in zip(arrays, adapter_specs(metadata["out_sharding"], *axes_of), strict=True)
+    ]

@@ -43,7 +43,8 @@ def _llm_int8(x: jax.Array, codes: jax.Array, step: jax.Array, threshold: float)
     column = outlier.any(axis=0)
     kept = jnp.where(outlier, 0, half.astype(jnp.float32))
     absmax = jnp.max(jnp.abs(kept), axis=1, keepdims=True)
-    rounded = jnp.round(kept * jnp.where(absmax > 0, _INT8 / absmax, 0))
+    # Torch divides a number by an array in this way; it decides where a code is a tie.
+    rounded = jnp.round(kept * jnp.where(absmax > 0, np.float32(1) / absmax * _INT8, 0))
     eighth = jnp.where(column[None], 0, rounded).astype(jnp.int8)
     sums = _dot(eighth, codes, 1, jnp.int32).astype(jnp.float32)
     y = sums * (absmax / _INT8) * step[None]

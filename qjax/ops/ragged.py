@@ -1,12 +1,15 @@
 """Rows sorted by expert times the experts' 4-bit weights."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from qjax.core.placement import padded
 from qjax.core.qtensor import QTensor
 from qjax.ops import trace
+from qjax.ops.explicit import compiled, entries
 
 
 def ragged_dot(x: jax.Array, q: QTensor, group_sizes: jax.Array) -> jax.Array:
@@ -46,21 +49,25 @@ def ragged_dot(x: jax.Array, q: QTensor, group_sizes: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x, q, group_sizes):
-    y = jax.lax.ragged_dot(
-        x, q.dequantize(x.dtype), group_sizes, preferred_element_type=jnp.float32
-    )
+    out = q.sharding and padded(q.sharding.spec, q.ndim)[2]
+    return compiled(_decoded, (entries(x)[0], out), x, q, group_sizes)
+
+
+def _decoded(x, q, group_sizes, transpose=False):
+    w = q.dequantize(x.dtype)
+    w = jnp.swapaxes(w, 1, 2) if transpose else w
+    y = jax.lax.ragged_dot(x, w, group_sizes, preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
 
 
 def _forward(x, q, group_sizes):
-    return _product(x, q, group_sizes), (q, group_sizes)
+    return _product(x, q, group_sizes), (q, group_sizes, entries(x))
 
 
 def _backward(residuals, g):
-    q, group_sizes = residuals
-    w = jnp.swapaxes(q.dequantize(g.dtype), 1, 2)
-    dx = jax.lax.ragged_dot(g, w, group_sizes, preferred_element_type=jnp.float32)
-    return dx.astype(g.dtype), None, None
+    q, group_sizes, x_entries = residuals
+    product = functools.partial(_decoded, transpose=True)
+    return compiled(product, x_entries, g, q, group_sizes), None, None
 
 
 _product.defvjp(_forward, _backward)

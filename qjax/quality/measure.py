@@ -56,12 +56,15 @@ class Measured:
     unlike: str = ""
 
 
-def measure(models: list[Loaded], text: Text) -> Measured:
+def measure(models: list[Loaded], text: Text, kv_format: str | None = None) -> Measured:
     """Measure a model on a text, against the second of the models if there is one.
+
+    Args:
+        kv_format: has the first model read keys and values in this format, as in `evaluate`.
 
     Raises:
         ValueError: no tokenizer, or two that differ; models of different kinds or vocabularies; a
-            text that is empty or too short; an encoder without a second.
+            text that is empty or too short; an encoder without a second, or with a kv_format.
     """
     tokenizer = _tokenizer(models)
     _check_alike(models)
@@ -70,6 +73,10 @@ def measure(models: list[Loaded], text: Text) -> Measured:
         raise ValueError(
             f"{models[0].name} is an encoder, which has no perplexity: name a reference, to "
             "compare the embeddings of both"
+        )
+    if encodes and kv_format is not None:
+        raise ValueError(
+            f"kv_format={kv_format!r}: {models[0].name} is an encoder, without a cache"
         )
     window, stride = _windows(models, tokenizer, text, encodes)
     sizes = {"window": window, "stride": stride, "batch_size": text.batch_size}
@@ -83,6 +90,7 @@ def measure(models: list[Loaded], text: Text) -> Measured:
             models[0].model,
             ((b.ids, b.scored) for b in batches),
             *[each.model for each in models[1:]],
+            kv_format=kv_format,
         )
     unlike = ""
     if len(models) == 2:

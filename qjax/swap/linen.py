@@ -166,7 +166,12 @@ def add_lora_params(
 def _reader(cfg: LoraConfig, source: Source | None) -> Callable[[str], Any] | None:
     """Return what gives the float kernel at a path, None where none is needed."""
     cfg.check_source(source)
-    if source is None or not isinstance(source, Mapping):
+    return None if source is None else _read_from(source)
+
+
+def _read_from(source: Source) -> Callable[[str], Any]:
+    """Return what gives the float kernel at a path."""
+    if not isinstance(source, Mapping):
         return source
     held = leaves_by_path(source["params"] if _is_variables(source) else source)
 
@@ -178,9 +183,23 @@ def _reader(cfg: LoraConfig, source: Source | None) -> Callable[[str], Any] | No
     return read
 
 
-def merge_lora_params(params: Any, dtype: Any = jnp.bfloat16) -> Any:
-    """Return the tree with float kernels in `dtype`: decoded weight plus adapter, rounded once."""
-    return _map_params(lambda _, leaf: _float_leaf(leaf, dtype), params)
+def merge_lora_params(params: Any, dtype: Any = jnp.bfloat16, source: Source | None = None) -> Any:
+    """Return the tree with float kernels in `dtype`: decoded weight plus adapter, rounded once.
+
+    Args:
+        params: the 4-bit tree.
+        dtype: of the merged kernels.
+        source: the float parameters, or a function from the path of a kernel to its array, to add
+            the adapters to in the place of the decoded weights.
+    """
+    read = None if source is None else _read_from(source)
+
+    def merge(path: str, leaf: Any) -> Any:
+        if not is_quant_box(leaf):
+            return leaf
+        return leaf.boxed(leaf.merged(dtype, read and read(path), path))
+
+    return _map_params(merge, params)
 
 
 def requantize_params(params: Any) -> tuple[Any, dict[str, MergeError]]:

@@ -12,12 +12,16 @@ from qjax.swap.merge_error import MergeError
 
 
 @overload
-def merge_lora(x: Any, dtype: Any = ..., *, requantize: Literal[False] = ...) -> Any: ...
+def merge_lora(
+    x: Any, dtype: Any = ..., *, requantize: Literal[False] = ..., source: Any = ...
+) -> Any: ...
 @overload
 def merge_lora(
     x: Any, dtype: Any = ..., *, requantize: Literal[True]
 ) -> tuple[Any, dict[str, MergeError]]: ...
-def merge_lora(x: Any, dtype: Any = jnp.bfloat16, *, requantize: bool = False) -> Any:
+def merge_lora(
+    x: Any, dtype: Any = jnp.bfloat16, *, requantize: bool = False, source: Any = None
+) -> Any:
     """Return x in floating point with its adapters merged: dequantize(W) + scaling * A B.
 
     The sum is taken in float32 and rounded once to `dtype`; with DoRA each column then takes its
@@ -30,10 +34,12 @@ def merge_lora(x: Any, dtype: Any = jnp.bfloat16, *, requantize: bool = False) -
         dtype: of the merged weights.
         requantize: merge into 4-bit weights instead, in each one's own format. That rounds again:
             the result is a pair, x and the `MergeError` of each weight with an adapter by path.
+        source: for parameters of Linen, the float ones, or a function from the path of a kernel to
+            its array: adapters are added to these in the place of the decoded weights.
 
     Raises:
         ValueError: in an NNX model nothing is quantized and nothing has an adapter; nothing has an
-            adapter to requantize.
+            adapter to requantize; a source that does not fit, or is not used.
         TypeError: neither.
 
     Example:
@@ -46,9 +52,11 @@ def merge_lora(x: Any, dtype: Any = jnp.bfloat16, *, requantize: bool = False) -
         >>> merged.kernel.q.format, list(errors)
         ('nf4', ['kernel'])
     """
+    if source is not None and (requantize or isinstance(x, nnx.Module)):
+        raise ValueError("source is for merging parameters of Linen in floating point")
     if isinstance(x, nnx.Module):
         return nnx_merge.requantize_lora(x) if requantize else nnx_merge.merge_lora(x, dtype)
-    return requantize_params(_tree(x)) if requantize else merge_lora_params(_tree(x), dtype)
+    return requantize_params(_tree(x)) if requantize else merge_lora_params(_tree(x), dtype, source)
 
 
 def dequantize_model(x: Any) -> Any:

@@ -122,9 +122,7 @@ class Raw:
     ) -> None:
         """Give the weight an adapter, of A and B in `arrays` or new ones."""
         become_foreign(self.layer, self.name, self.calls)
-        init_foreign_adapter(self.layer, self.name, self.axes(), cfg, rngs, dtype)
-        for part, array in zip("ab", arrays or (), strict=False):
-            vars(self.layer)[f"{self.name}_lora_{part}"].set_value(array.astype(dtype))
+        init_foreign_adapter(self.layer, self.name, self.axes(), cfg, rngs, dtype, arrays)
 
     def drop_adapter(self) -> None:
         """Remove its adapter."""

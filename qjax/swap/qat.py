@@ -41,7 +41,8 @@ def fake_quantize_params(params: Any, cfg: QuantConfig) -> Any:
     """Round the kernels of a Linen tree as `quantize_params` would, gradients straight through.
 
     Call it on the parameters inside the loss; they stay in floating point, and the optimizer
-    trains them.
+    trains them. To train adapters of a 4-bit tree, round what `merge_lora(tree, source=params)`
+    gives: their sum with the float kernels.
 
     Args:
         params: a tree of floats; traced ones are as good.

@@ -188,6 +188,17 @@ def test_encoders_are_compared_by_their_embeddings(tmp_path):
     assert refused.exit_code == 1 and "is an encoder, which has no perplexity" in refused.output
 
 
+def test_keys_and_values_in_4_bits(files):
+    """Against the same model without; the weights are equal."""
+    args = ("eval", files / "float", "--text", files / "text.txt", "--kv-format", "int4")
+    found, output = measured(*args, out=files / "report.json")
+    ids = reference("llama")["input_ids"][:1]
+    exact = golden_model("llama")(ids)
+    wanted = expected(exact, exact, ids, np.ones((1, 24), bool))["reference_perplexity"]
+    assert found["reference_perplexity"] == pytest.approx(wanted, rel=TOLERANCE)
+    assert found["kl"] > 0 and found["layer_errors"] == {} and "All weights are equal." in output
+
+
 def test_models_of_other_sizes(files):
     """Predictions of one vocabulary can be compared; weights cannot."""
     shutil.copytree(FOLDER / "gpt2" / "hf", files / "gpt2")

@@ -33,6 +33,8 @@ def test_the_text_is_that_of_transformers_up_to_its_end(folder):
     assert result.output.split() == words(answer).split()
     end = int(answer[5])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    packed = run(folder, "-p", words(prompt), "--max-new-tokens", 12, "--kv-format", "int8")
+    assert packed.output.split() == words(answer[: list(answer).index(end)]).split()
     result = run(folder, "--max-new-tokens", 12, input=words(prompt))
     assert result.output.split() == words(answer[: list(answer).index(end)]).split()
 

@@ -51,7 +51,7 @@ def nvfp4(w):
 def eight_bits(dtype, largest):
     def decoded(w):
         absmax = np.abs(w).max(0, keepdims=True)
-        scaled = w * (np.float32(largest) / absmax)
+        scaled = w * (np.float32(1) / absmax * np.float32(largest))
         codes = np.round(scaled) if dtype is np.int8 else scaled
         return codes.astype(dtype).astype(np.float32) * absmax / largest
 

@@ -196,6 +196,16 @@ def test_eight_bits_are_taken_as_they_are_and_written_so(tmp_path):
         qjax.hf.from_pretrained(tmp_path)
 
 
+def test_eight_bits_without_their_scales_are_refused(tmp_path):
+    folder = FOLDER / "llama" / "hf"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[Q] = np.ones(tensors[Q].shape, np.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"up_proj.weight' is int8, must be .* need .*up_proj.SCB"):
+        qjax.hf.from_pretrained(tmp_path)
+
+
 def test_a_config_of_eight_bits_makes_them():
     asked = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     model = qjax.hf.from_pretrained(FOLDER / "llama" / "hf", config=asked)

@@ -50,6 +50,14 @@ def test_products_are_bitsandbytes_products(dtype, threshold, golden, weight):
     assert (np.abs(one - want) <= bound + 1e-6).all()
 
 
+def test_ties_between_codes_fall_as_in_bitsandbytes(golden, weight):
+    q = dataclasses.replace(weight, int8_threshold=float("inf"))
+    y = np.asarray(qjax.matmul(golden["x.ties"], q), np.float64)
+    want = np.asarray(golden["y.ties"], np.float64)
+    # Roundings to float16, and their factor as above: a code is 0.01 and more of a product.
+    assert (np.abs(y - want) <= 1.1e-3 * np.abs(want) + 1e-5).all()
+
+
 def test_large_activations_without_a_threshold_stay_finite(weight):
     q = dataclasses.replace(weight, int8_threshold=float("inf"))
     x = jnp.ones((2, 128)).at[0, 5].set(1e6)

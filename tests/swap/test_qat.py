@@ -113,6 +113,40 @@ def test_linen_parameters():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_linen_adapters():
+    net = nn.Sequential([nn.Dense(64), nn.gelu, nn.Dense(8)])
+    params = net.init(jax.random.key(0), X)["params"]
+    lora = qjax.add_lora_params(
+        qjax.quantize_params(params, CONFIG), qjax.LoraConfig(rank=4), jax.random.key(1)
+    )
+    trainable, frozen = qjax.partition(lora)
+    trainable = jax.tree.map(lambda a: a + 0.1, trainable)  # B is zero at first
+
+    def merged(trainable):
+        return qjax.merge_lora(qjax.combine(trainable, frozen), jnp.float32, source=params)
+
+    def loss(trainable):
+        rounded = qjax.fake_quantize_params(merged(trainable), CONFIG)
+        return (net.apply({"params": rounded}, X) ** 2).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
+    w, box = params["layers_0"]["kernel"], trainable["layers_0"]["kernel"]
+    a, b = np.asarray(box.lora_a, np.float64), np.asarray(box.lora_b, np.float64)
+    want = np.asarray(w, np.float64) + lora["layers_0"]["kernel"].scaling * (a @ b)
+    # Sums of 4 products in float32.
+    np.testing.assert_allclose(merged(trainable)["layers_0"]["kernel"], want, rtol=1e-5, atol=1e-6)
+    quantized = qjax.quantize_params(merged(trainable), CONFIG)
+    after = net.apply({"params": qjax.dequantize_model(quantized)}, X)
+    np.testing.assert_allclose(value, (after**2).mean(), rtol=1e-5)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="source has no float kernel layers_0/kernel"):
+        qjax.merge_lora(lora, source={})
+    with pytest.raises(ValueError, match=r"layers_0/kernel must be \[64, 64\], got \[2, 2\]"):
+        qjax.merge_lora(lora, source=lambda path: jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match="source is for merging parameters of Linen"):
+        qjax.merge_lora(lora, requantize=True, source=params)
+
+
 def test_misuse():
     model = qjax.quantize_model(Net(nnx.Rngs(0)))
     rounding = qjax.fake_quantized(model, CONFIG)
