@@ -64,10 +64,13 @@ def _wanted() -> Iterator[Cell]:
         for m in BACKWARD_ROWS:
             yield Cell(REFERENCE, *shape, m, transpose=True)
             yield Cell("qjax", *shape, m, transpose=True)
-    for library in ("bitsandbytes", "tinygemm int4", "GemLite int4"):
+    for library in ("bitsandbytes", "tinygemm int4"):
         for shape in MAIN:
             for m in ROWS:
                 yield Cell(library, *shape, m)
+    for shape in MAIN[:1]:  # its tuning takes 10 s a cell
+        for m in (1, 16, 64, 256, 4, 1024):
+            yield Cell("GemLite int4", *shape, m)
     for cell in MODEL_CELLS:
         yield Cell(REFERENCE, *cell)
         yield Cell("qjax", *cell)

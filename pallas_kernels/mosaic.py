@@ -260,12 +260,14 @@ def wgmma_start(
     shape = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{name}.{name}"
     first = 2 * len(acc)  # outputs, then the inputs tied to them
     sums = ", ".join(f"${i}" for i in range(len(acc)))
-    lines = ["{ .reg .b64 b; .reg .pred p; setp.ne.b32 p, 1, 0;", f"mov.b64 b, ${first + len(a)};"]
+    # The step changes the low word alone: 64-bit sums would take most of the instructions.
+    lines = ["{ .reg .b64 b; .reg .b32 low, high; .reg .pred p; setp.ne.b32 p, 1, 0;"]
+    lines.append(f"mov.b64 b, ${first + len(a)}; mov.b64 {{low, high}}, b;")
     lines.append("wgmma.fence.sync.aligned;")
     for s in range(steps):
         words = ", ".join(f"${first + 4 * s + i}" for i in range(4))
         lines.append(f"{shape} {{{sums}}}, {{{words}}}, b, p, 1, 1, 0;")
-        lines.append(f"add.s64 b, b, {b_step};")
+        lines.append(f"add.u32 low, low, {b_step}; mov.b64 b, {{low, high}};")
     lines.append("wgmma.commit_group.sync.aligned; }")
     return _tied(acc, [*a, b], "\n".join(lines), ["r"] * len(a) + ["l"])
 
@@ -372,13 +374,25 @@ def store_words(address: Int, words: Sequence[Int]) -> None:
     llvm.store(vector, _pointer(address), alignment=16)
 
 
+def load_matrices(row: Int) -> list[Int]:
+    """Load four 8 x 8 matrices of 16-bit values; addresses as in `load_matrices_transposed`.
+
+    Word i holds columns 2 (lane % 4) and the next of row lane / 4 of matrix i.
+    """
+    return _load_matrices(row, "")
+
+
 def load_matrices_transposed(row: Int) -> list[Int]:
     """Load four 8 x 8 matrices of 16-bit values, transposed.
 
     Lane 8 i + j gives the shared address of row j (16 bytes) of matrix i. Word i holds column
     lane / 4 of rows 2 (lane % 4) and the next of matrix i.
     """
-    text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    return _load_matrices(row, ".trans")
+
+
+def _load_matrices(row: Int, kind: str) -> list[Int]:
+    text = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
     result = llvm.StructType.get_literal([i32()] * 4)
     out = _asm(result, [row], text, "=r,=r,=r,=r,r,~{memory}", effects=True)
     return [Int(llvm.extractvalue(i32(), out, [i])) for i in range(4)]
@@ -419,10 +433,14 @@ def store_matrices_transposed(row: Int, words: Sequence[Int]) -> None:
 
 
 class Barriers:
-    """Mbarriers in shared memory, 8 bytes each, completed by arrivals and the bytes they expect."""
+    """Mbarriers in shared memory, 8 bytes each, completed by arrivals and the bytes they expect.
 
-    def __init__(self, ref: ir.Value, count: int):
-        self.ref, self.base, self.count = ref, shared_address(ref), count
+    They are `count` of those that `ref` holds, from `first` on.
+    """
+
+    def __init__(self, ref: ir.Value, count: int, first: Int | None = None):
+        self.ref, self.count, self.first = ref, count, Int(0) if first is None else first
+        self.base = shared_address(ref) + (self.first << 3)
 
     def initialize(self, arrivals: int, last: Sequence[int] = ()) -> None:
         """By one thread; the others synchronize with it. `last`: arrivals of the last barriers."""
@@ -457,7 +475,7 @@ class Barriers:
 
     def reference(self, slot: Int) -> utils.BarrierRef:
         """The same for `copy_tensor`."""
-        return utils.BarrierRef(utils.memref_ptr(self.ref), slot.value, None, 1)
+        return utils.BarrierRef(utils.memref_ptr(self.ref), (self.first + slot).value, None, 1)
 
     def wait(self, slot: Int, parity: Int) -> None:
         """Wait for the phase of this parity (0 first) to complete."""
@@ -473,6 +491,26 @@ def copy_bulk(target: Int, source: Int, size: Int, barrier: Int) -> None:
     """Copy `size` bytes to shared memory, counted by a barrier; all in multiples of 16 bytes."""
     text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
     _asm(None, [target, source, size, barrier], text, "r,l,r,r,~{memory}", effects=True)
+
+
+def copy_async(target: Int, source: Int, size: int, *, keep: bool = True) -> None:
+    """Copy 4, 8 or 16 bytes to shared memory, aligned to that; see `commit_copies`.
+
+    With `keep` the sector of 32 bytes stays in L1 for the threads that read the rest of it; without
+    it, `size` is 16.
+    """
+    text = f"cp.async.{'ca' if keep else 'cg'}.shared.global [$0], [$1], {size};"
+    _asm(None, [target, source], text, "r,l,~{memory}", effects=True)
+
+
+def commit_copies() -> None:
+    """Make a group of this thread's `copy_async` since the last group."""
+    _asm(None, [], "cp.async.commit_group;", "~{memory}", effects=True)
+
+
+def wait_copies(pending: int) -> None:
+    """Wait for this thread's groups but the last `pending`."""
+    _asm(None, [], f"cp.async.wait_group {pending};", "~{memory}", effects=True)
 
 
 def copy_tensor(
@@ -546,3 +584,12 @@ def decode_word(word: Int, table: Int, lane_offset: Int) -> list[Int]:
 def warp_and_lane(index: Int) -> tuple[Int, Int]:
     """Split a thread index into its warp and lane."""
     return index >> 5, index & 31
+
+
+def uniform(value: Int) -> Int:
+    """A value that all lanes of the warp have in common, in a form that the compiler sees it.
+
+    It then keeps what depends on it in uniform registers, and needs no loop to copy by it.
+    """
+    text = "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;"
+    return Int(_asm(i32(), [value], text, "=r,r", effects=True))

@@ -1,10 +1,10 @@
 """Tiles of the matmul kernels: what can be chosen, and an estimate for shapes not measured."""
 
 import dataclasses
+import itertools
 import math
 
-DECODE_PANEL = 256  # k of a warp's step in `mosaic_decode`
-MID_STAGE = 256  # k of a stage in `mosaic_mid`
+PANEL = 256  # k of 16 weight rows that a warp takes at a time
 MID_ROWS = 128  # weight rows of a block of `mosaic_mid`
 _BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
 _TILE_US = 0.1  # a tile's cost beside its bytes: barriers and the sum over warps
@@ -19,12 +19,17 @@ class DecodeTiles:
     Attributes:
         warps: warps of a block, a multiple of 4, that split a slab.
         slabs: parts of K in different blocks, summed by a second kernel when there are several.
-        stages: packed tiles in flight in a block.
+        stages: packed panels of 256 k in flight in a warp.
+        shared_x: x stays in shared memory, not in registers.
+        together: where a warp has one panel of a tile, all of a block ask for the next at once, at
+            the end of a tile; else each when it has read the last.
     """
 
     warps: int = 16
     slabs: int = 1
     stages: int = 2
+    shared_x: bool = False
+    together: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,56 +38,60 @@ class MidTiles:
 
     Attributes:
         slabs: parts of K in different blocks, summed by a second kernel when there are several.
-        stages: stages of 256 k in flight in a block, at least 2.
-        window: k whose scales are decoded at once, a multiple of 256.
-        depth: k that a warpgroup decodes and multiplies at once, 64 or 128.
-        overlap: a warpgroup decodes the next part while it multiplies.
+        stages: panels of 256 k in flight in a warp.
+        x_stages: parts of x in flight in a team of 8 warps, at least 2.
+        x_depth: k of a part of x: 64, 128 or 256.
     """
 
     slabs: int = 1
-    stages: int = 3
-    window: int = 2048
-    depth: int = 64
-    overlap: bool = True
+    stages: int = 2
+    x_stages: int = 2
+    x_depth: int = 128
 
 
 def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[DecodeTiles]:
-    """Tiles whose fragments of x fit in registers, the least estimated time first."""
-    panels, row_tiles = math.ceil(k / DECODE_PANEL), math.ceil(n / 16)
+    """Tiles whose fragments of x fit in registers or stay out of them, the least time first."""
+    panels, row_tiles = math.ceil(k / PANEL), math.ceil(n / 16)
 
-    def fits(warps: int, slabs: int) -> bool:
+    def steps(tiles: DecodeTiles) -> int:
+        return math.ceil(math.ceil(panels / tiles.slabs) / tiles.warps)
+
+    def fits(tiles: DecodeTiles) -> bool:
         # A group of 8 rows of x and a panel take 32 registers, of 64 K / threads that there are.
-        fragments = math.ceil(m / 8) * math.ceil(math.ceil(panels / slabs) / warps)
-        return fragments <= (4 if warps <= 8 else 2 if warps <= 16 else 1)
+        return tiles.shared_x or math.ceil(m / 8) * steps(tiles) <= (4 if tiles.warps <= 8 else 2)
 
     def time(tiles: DecodeTiles) -> tuple[float, int]:
         slab = math.ceil(panels / tiles.slabs)
-        size = slab * DECODE_PANEL * 16 * (0.5 + 4 / block_size)
+        size = slab * PANEL * 16 * (0.5 + 4 / block_size)
         waves = math.ceil(row_tiles / (sms // tiles.slabs))
-        idle = math.ceil(slab / tiles.warps) * tiles.warps / slab - 1  # warps that wait for others
-        us = waves * (size / _BYTES_PER_US * (1 + idle / 4) + _TILE_US)
+        idle = steps(tiles) * tiles.warps / slab - 1  # warps that wait for others
+        # Few warps have few copies in flight; x from shared memory takes longer the more there is;
+        # 4 slabs of one step were faster than 2 of two.
+        slower = 1 + idle / 4 + (16 / tiles.warps - 1) / 5
+        slower += m / 50 if tiles.shared_x else (steps(tiles) - 1) / 16
+        us = waves * (size / _BYTES_PER_US * slower + _TILE_US)
         # Ties go to 16 warps: 4 for each scheduler.
         return us + (_SUM_US if tiles.slabs > 1 else 0), abs(tiles.warps - 16)
 
-    sizes = [(w, s) for w in (4, 8, 12, 16, 28) for s in range(1, min(panels, sms // 2) + 1)]
-    return sorted((DecodeTiles(w, s) for w, s in sizes if fits(w, s)), key=time)
+    slabs = range(1, min(panels, sms // 2) + 1)
+    sizes = itertools.product((4, 8, 12, 16), slabs, (2,), (False, True))
+    return sorted(filter(fits, itertools.starmap(DecodeTiles, sizes)), key=time)
 
 
 def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[MidTiles]:
     """Tiles, the least estimated time first; among equals those with more in flight."""
-    row_tiles, steps = math.ceil(n / MID_ROWS), math.ceil(k / MID_STAGE)
-    stage_us = 0.6 + m / 100  # measured on 4096 x 14336
+    row_tiles, steps = math.ceil(n / MID_ROWS), math.ceil(k / PANEL)
+    stage_us = 0.75 + m / 130  # measured on 4096 x 14336 and 4096 x 4096
 
     def time(slabs: int) -> float:
         waves = math.ceil(row_tiles * slabs / sms)
         us = waves * (math.ceil(steps / slabs) * stage_us + _BLOCK_US)
         return us + (_SUM_US if slabs > 1 else 0)
 
-    stages = 5 if m <= 16 else 4 if m <= 32 else 3 if m <= 64 else 2
-    windows = [w for w in (2048, 1024, 512, 256) if w <= max(256, 32 * block_size)]
+    # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
+    flights = [(3, 2, 256), (2, 3, 256), (2, 3, 128), (2, 2, 64), (1, 2, 64)]
     return [
-        MidTiles(slabs, s, window)
+        MidTiles(slabs, *flight)
         for slabs in sorted(range(1, min(steps, 16) + 1), key=time)
-        for s in range(stages, 1, -1)
-        for window in windows
+        for flight in flights
     ]

@@ -33,13 +33,13 @@ _STEP_US = {256: 0.70, 128: 0.50}
 _TILE_US = {256: 1.9, 128: 1.5}
 _SUMS_US = {256: (4.5, 2.0), 128: (3.8, 0.5)}
 _LAUNCH_US = 2.1
-_LONG_ROWS, _UNEVEN_ROWS = 2048, 1024  # beyond so many rows of x steps take longer
+_UNEVEN_ROWS, _LONG_ROWS = 1024, 2048  # beyond so many rows of x steps take longer
 
 
-def _slowdown(m: int, weights: int, even: bool) -> float:
+def _slowdown(m: int, even: bool) -> float:
     """How much longer a step takes than of few rows of x."""
-    if m > _LONG_ROWS:  # x leaves the L2 cache; after half a millisecond clocks are lower
-        return 1.2 if weights > 2**25 else 1.1
+    if m > _LONG_ROWS:
+        return 1.05 if even else 1.25
     # Uneven shares are at different places of the contraction: they share less of the L2 cache.
     return 1.1 if m > _UNEVEN_ROWS and not even else 1.0
 
@@ -54,7 +54,7 @@ def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: in
         sums = math.ceil(clusters / count) - (clusters % count == 0)
     elif share % 1:
         begun, sums = begun + 1, 1
-    step = _STEP_US[tiles.rows] * _slowdown(m, outputs * contracted, share % 1 == 0)
+    step = _STEP_US[tiles.rows] * _slowdown(m, share % 1 == 0)
     steps = share * 2 * math.ceil(contracted / 128)
     first, each = _SUMS_US[tiles.rows] if sums else (0, 0)
     return _LAUNCH_US + steps * step + begun * _TILE_US[tiles.rows] + first + sums * each
@@ -68,4 +68,5 @@ def choose_large(m: int, outputs: int, contracted: int, sms: int) -> LargeTiles:
 def decoded_time(m: int, n: int, k: int) -> float:
     """Estimated microseconds of a decode kernel and then XLA's dot, on an H100 (SXM)."""
     decode = n * k * (2.5 + 4 / 64) / 2.75e6 + 1
-    return decode + max(2 * m * n * k / 770e6, 2 * n * k / 2.6e6) + 6
+    dot = max(2 * m * n * k / 800e6, 2 * n * k / 2.6e6 + 6)
+    return decode + dot + 3

@@ -5,21 +5,30 @@ A key is (M, N, K), with M the largest of a range that starts above the one befo
 
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 
-_BUCKETS = (1, 8, 16, 32, 64, 128)
+_BUCKETS = (1, 4, 8, 16, 32, 64, 128)
 
 _H100 = {
     (1, 14336, 4096): DecodeTiles(16, 1, 2),
+    (4, 14336, 4096): DecodeTiles(16, 1, 2),
     (8, 14336, 4096): DecodeTiles(16, 1, 2),
-    (16, 14336, 4096): DecodeTiles(8, 1, 2),
-    (32, 14336, 4096): MidTiles(1, 4),
-    (64, 14336, 4096): MidTiles(1, 3),
-    (128, 14336, 4096): MidTiles(1, 2, 1024),
+    (16, 14336, 4096): DecodeTiles(16, 1, 2),
+    (32, 14336, 4096): MidTiles(1, 3, 2, 256),
+    (64, 14336, 4096): MidTiles(1, 2, 3, 128),
+    (128, 14336, 4096): MidTiles(1, 2, 2, 64),
     (1, 4096, 4096): DecodeTiles(16, 1, 2),
+    (4, 4096, 4096): DecodeTiles(16, 1, 2),
     (8, 4096, 4096): DecodeTiles(16, 1, 2),
     (16, 4096, 4096): DecodeTiles(16, 1, 2),
-    (1, 4096, 14336): DecodeTiles(28, 2, 2),
-    (8, 4096, 14336): DecodeTiles(16, 2, 2),
-    (16, 4096, 14336): DecodeTiles(16, 4, 2),
+    (32, 4096, 4096): MidTiles(4, 3, 2, 256),
+    (64, 4096, 4096): MidTiles(4, 2, 3, 128),
+    (128, 4096, 4096): MidTiles(4, 2, 2, 64),
+    (1, 4096, 14336): DecodeTiles(16, 1, 2, shared_x=True),
+    (4, 4096, 14336): DecodeTiles(8, 1, 3, shared_x=True),
+    (8, 4096, 14336): DecodeTiles(16, 4, 2),
+    (16, 4096, 14336): DecodeTiles(16, 4, 2, together=False),
+    (32, 4096, 14336): MidTiles(4, 3, 2, 256),
+    (64, 4096, 14336): MidTiles(4, 2, 3, 128),
+    (128, 4096, 14336): MidTiles(4, 2, 2, 64),
 }
 
 TABLE: dict[str, dict[tuple[int, int, int], DecodeTiles | MidTiles]] = {

@@ -57,7 +57,8 @@ def allocate_bits(
         `cfg` with an override for each weight.
 
     Raises:
-        ValueError: no batches or ones that do not fit the model, no weight to quantize, or a budget below the smallest format's.
+        ValueError: no batches or ones that do not fit the model, no weight to quantize, or a
+            budget below the smallest format's.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))

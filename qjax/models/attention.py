@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import decode_attention
 from pallas_kernels.dispatch import target
-from qjax.models.cache import KVCache, attend_one, write
+from qjax.models.cache import KVCache, attend_one, read, write
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.norm import make_norm
@@ -60,11 +60,11 @@ class Attention(nnx.Module):
         scale = c.attention_scale
         more = c.attention_softcap, self.sinks[...] if c.attention_sinks else None
         if cache is not None:
-            cache, *whole = write(cache, layer, k, v)
+            cache = write(cache, layer, k, v)
             if mask is not None and mask.shape[-1] != k.shape[1]:  # earlier ones too
                 if _takes_one(q, context, *more) and not cache.is_packed:
                     return attend_one(q, cache, layer, mask, scale), cache
-                k, v = (x.astype(q.dtype) for x in whole)
+                k, v = (x.astype(q.dtype) for x in read(cache, layer))
         return attend(q, k, v, context, scale, *more), cache
 
     def foldings(self) -> dict[str, tuple[str, ...]]:

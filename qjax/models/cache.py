@@ -18,8 +18,8 @@ from qjax.models.packed_cache import (
     PackedValues,
     check_kv_format,
     place,
-    read,
 )
+from qjax.models.packed_cache import read as read_layer
 
 
 class KVCache(NamedTuple):
@@ -52,8 +52,9 @@ class KVCache(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether keys and values are in 8 or 4 bits."""
-        return isinstance(self.k[0] if isinstance(self.k, tuple) else self.k, PackedKeys)
+        """Whether it is in 8 or 4 bits."""
+        held = self.k[0] if isinstance(self.k, tuple) else self.k
+        return isinstance(held, PackedKeys)
 
     @property
     def is_fresh(self) -> bool:
@@ -94,20 +95,24 @@ def init_cache(
     return KVCache(k, v, jnp.zeros((batch, slots), jnp.bool_), np.int32(0))
 
 
-def write(
-    cache: KVCache, layer, k: jax.Array, v: jax.Array
-) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Write k and v of T tokens at the cache's length; return it and the layer's whole k and v.
+def write(cache: KVCache, layer, k: jax.Array, v: jax.Array) -> KVCache:
+    """Write k and v [B, T, kv_heads, head_dim] of T tokens at the cache's length.
 
-    k, v are [B, T, kv_heads, head_dim], and so are the whole ones. `layer` is an int for a tuple
-    cache, and may be traced for a stacked one. `valid` and `length` are the caller's: they move
-    once a step, not once a layer.
+    `layer` is an int for a tuple cache, and may be traced for a stacked one. `valid` and `length`
+    are the caller's: they move once a step, not once a layer.
     """
-    new_k, whole_k = _write(cache.k, layer, k.swapaxes(1, 2), cache.length)
-    new_v, whole_v = _write(cache.v, layer, v.swapaxes(1, 2), cache.length)
+    k, v = (
+        _write(held, layer, new.swapaxes(1, 2), cache.length)
+        for held, new in ((cache.k, k), (cache.v, v))
+    )
+    return cache._replace(k=k, v=v)
+
+
+def read(cache: KVCache, layer) -> tuple[jax.Array, jax.Array]:
+    """Return a layer's k and v, all slots: [B, slots, kv_heads, head_dim]."""
     # Packed keys are in groups, of which the last may end behind the slots.
-    k, v = (whole[:, :, : cache.slots].swapaxes(1, 2) for whole in (whole_k, whole_v))
-    return cache._replace(k=new_k, v=new_v), k, v
+    k, v = (_read(held, layer)[:, :, : cache.slots] for held in (cache.k, cache.v))
+    return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
 def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> jax.Array:
@@ -132,13 +137,15 @@ def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> j
 
 def _write(held, layer, new: jax.Array, start):
     if isinstance(held, tuple):
-        one, whole = _write_one(held[layer], None, new, start)
-        return (*held[:layer], one, *held[layer + 1 :]), whole
-    return _write_one(held, layer, new, start)
-
-
-def _write_one(held, layer, new: jax.Array, start):
+        return (*held[:layer], _write(held[layer], None, new, start), *held[layer + 1 :])
     if isinstance(held, PackedKeys | PackedValues):
         return held.write(layer, new, start)
-    held = place(held, layer, new, start)
-    return held, read(held, layer)
+    return place(held, layer, new, start)
+
+
+def _read(held, layer) -> jax.Array:
+    if isinstance(held, tuple):
+        return _read(held[layer], None)
+    if isinstance(held, PackedKeys | PackedValues):
+        return held.read(layer)
+    return read_layer(held, layer)

@@ -78,8 +78,8 @@ class PackedKeys:
         packed = Packed.encode(jnp.zeros(groups, jnp.bfloat16), -2, bits)
         return cls(packed, jnp.zeros((*leading, GROUP, width), dtype), bits)
 
-    def write(self, layer, new: jax.Array, start) -> tuple["PackedKeys", jax.Array]:
-        """Write keys [B, heads, T, head_dim] at slot `start`; return all of the layer as well.
+    def write(self, layer, new: jax.Array, start) -> "PackedKeys":
+        """Write keys [B, heads, T, head_dim] at slot `start`.
 
         The groups that they touch are encoded again: the first begins with keys of earlier calls.
         """
@@ -103,9 +103,12 @@ class PackedKeys:
         # The last of several groups may be empty, and have no place.
         put = functools.partial(place, may_end_behind=not inside)
         packed = jax.tree.map(lambda held, x: put(held, layer, x, first), self.packed, found)
-        keys = PackedKeys(packed, place(self.recent, layer, recent, 0), self.bits)
-        whole = jax.tree.map(lambda held: read(held, layer), packed).decode(self.bits)
-        return keys, whole.reshape(*new.shape[:2], -1, new.shape[3]).astype(new.dtype)
+        return PackedKeys(packed, place(self.recent, layer, recent, 0), self.bits)
+
+    def read(self, layer) -> jax.Array:
+        """Return a layer's [B, heads, slots, head_dim] in float32, slots up to a whole group."""
+        whole = jax.tree.map(lambda held: read(held, layer), self.packed).decode(self.bits)
+        return whole.reshape(*whole.shape[:2], -1, whole.shape[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -129,15 +132,17 @@ class PackedValues:
         blocks = jnp.zeros((*leading, width // block, block), jnp.bfloat16)
         return cls(Packed.encode(blocks, -1, bits), bits)
 
-    def write(self, layer, new: jax.Array, start) -> tuple["PackedValues", jax.Array]:
-        """Write values [B, heads, T, head_dim] at slot `start`; return all of the layer as well."""
+    def write(self, layer, new: jax.Array, start) -> "PackedValues":
+        """Write values [B, heads, T, head_dim] at slot `start`."""
         blocks = self.packed.step.shape[-2]
         found = Packed.encode(new.reshape(*new.shape[:3], blocks, -1), -1, self.bits)
         packed = jax.tree.map(lambda held, x: place(held, layer, x, start), self.packed, found)
-        whole = jax.tree.map(lambda held: read(held, layer), packed).decode(self.bits)
-        return PackedValues(packed, self.bits), whole.reshape(*whole.shape[:3], -1).astype(
-            new.dtype
-        )
+        return PackedValues(packed, self.bits)
+
+    def read(self, layer) -> jax.Array:
+        """Return a layer's [B, heads, slots, head_dim] in float32."""
+        whole = jax.tree.map(lambda held: read(held, layer), self.packed).decode(self.bits)
+        return whole.reshape(*whole.shape[:3], -1)
 
 
 def check_kv_format(kv_format: str | None, head_dim: int) -> None:

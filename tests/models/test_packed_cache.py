@@ -8,7 +8,7 @@ from flax import nnx
 
 import qjax
 from qjax.models import CausalLM, ModelConfig
-from qjax.models.cache import init_cache, write
+from qjax.models.cache import init_cache, read, write
 from tests.models.golden import golden_model, reference
 
 BITS = {"int8": 8, "int4": 4}
@@ -41,12 +41,13 @@ def test_written_in_pieces_against_numpy(kv_format, stacked, rng):
     for count in CHUNKS:
         part = slice(start, start + count)
         if start == 0:  # the length is known where the prompt is read
-            cache, found_k, found_v = write(cache, 1, k[:, part], v[:, part])
+            cache = write(cache, 1, k[:, part], v[:, part])
         else:
-            cache, found_k, found_v = jitted(cache, 1, k[:, part], v[:, part])
+            cache = jitted(cache, 1, k[:, part], v[:, part])
         start += count
         cache = cache._replace(length=jnp.int32(start))
     assert start == SLOTS
+    found_k, found_v = read(cache, 1)
     for i in range(0, SLOTS, 64):
         group = k[:, i : i + 64]
         error = np.abs(np.asarray(found_k)[:, i : i + 64].astype(np.float64) - group)

@@ -2,9 +2,11 @@
 
 It replaces the primitives of `pallas_kernels.mosaic` by numpy: a register is an array with an
 element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes; a wait
-for a phase that is not complete is an error, as are accesses out of bounds. Shared memory and the
-output start as NaN. It shows wrong addresses, layouts and counts; it does not show races.
-Where a kernel's threads have roles, each role runs by itself, and its waits last until others act.
+for a phase that is not complete is an error, as are accesses out of bounds and, when a block ends,
+a copy that nobody has waited for. Small asynchronous copies arrive when they are waited for. Shared
+memory and the output start as NaN. It shows wrong addresses, layouts and counts; it does not show
+races. Where a kernel's threads have roles, each role runs by itself, and its waits last until
+others act.
 """
 
 import contextlib
@@ -119,6 +121,7 @@ class Machine:
     def start_block(self, block, scratch) -> dict:
         self.block, self.mask = block, np.ones(self.threads, bool)
         self.shared, self.barriers = np.full(SHARED, 0xFF, np.uint8), {}
+        self.groups = [[]]  # of small asynchronous copies; the last is open
         references, place = {}, 1024  # address 0 is nobody's
         for name, ref in scratch.items():
             references[name] = Reference(place, ref.shape, np.dtype(ref.dtype).itemsize)
@@ -193,7 +196,8 @@ class Phase:
 
     def __init__(self, arrivals):
         self.arrivals = self.pending = arrivals
-        self.bytes = self.completed = 0
+        self.bytes = self.completed = self.waited = 0
+        self.copies = False
 
     def change(self, arrivals, size):
         self.pending -= arrivals
@@ -216,19 +220,22 @@ class Phase:
 class Barriers:
     """Stands for `mosaic.Barriers`."""
 
-    def __init__(self, ref, count):
-        assert 8 * count <= ref.size
-        self.base, self.count = ref.address, count
+    def __init__(self, ref, count, first=None):
+        first = Register(0) if first is None else first
+        assert (first.value + count <= ref.size // 8).all()
+        self.base, self.count = first * 8 + ref.address, count
 
     def initialize(self, arrivals, last=()):
         counts = [arrivals] * (self.count - len(last)) + list(last)
-        assert machine.mask.sum() == 1
         for i, count in enumerate(counts):
-            machine.barriers[self.base + 8 * i] = Phase(count)
+            for thread in machine.active():
+                address = int(self.base.value[thread]) + 8 * i
+                assert address not in machine.barriers
+                machine.barriers[address] = Phase(count)
 
     def address(self, slot):
         assert (slot.value[machine.mask] < self.count).all()
-        return slot * 8 + self.base
+        return self.base + slot * 8
 
     def _change(self, slot, arrivals, sizes):
         address = self.address(slot)
@@ -254,11 +261,14 @@ class Barriers:
         for thread in machine.active():
             phase, odd = machine.barriers[int(address.value[thread])], parity.value[thread]
             assert phase.wait(odd), "waits for ever"
+            phase.waited = phase.completed
 
 
-def change(address, arrivals, size):
+def change(address, arrivals, size, copies=False):
     with machine.changed:
-        machine.barriers[address].change(arrivals, size)
+        phase = machine.barriers[address]
+        phase.change(arrivals, size)
+        phase.copies |= copies
         machine.changed.notify_all()
 
 
@@ -268,7 +278,30 @@ def copy_bulk(target, source, size, barrier):
         place, count = int(target.value[thread]), int(size.value[thread])
         assert start % 16 == place % 16 == count % 16 == 0 and start + count <= len(memory)
         machine.shared[place : place + count] = memory[start : start + count]
-        change(int(barrier.value[thread]), 0, -count)
+        change(int(barrier.value[thread]), 0, -count, copies=True)
+
+
+def copy_async(target, source, size, keep=True):
+    assert keep or size == 16
+    data = machine.load(source, size)
+    poison = np.full((machine.threads, size), 0xFF, np.uint8)
+    machine.store(target, poison.view(f"V{size}"))
+    machine.groups[-1].append((target, data.view(f"V{size}"), machine.mask))
+
+
+def commit_copies():
+    machine.groups.append([])
+
+
+def wait_copies(pending):
+    """As for a thread: the groups are of all, and a thread has its own copies in each."""
+    done = len(machine.groups) - 1 - pending
+    outer = machine.mask
+    for group in machine.groups[: max(0, done)]:
+        for target, data, machine.mask in group:
+            machine.store(target, data)
+        group.clear()
+    machine.mask = outer
 
 
 def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False):
@@ -293,7 +326,7 @@ def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False)
         swizzled = np.empty((len(chunks), 16), np.uint8)
         swizzled[places] = box.reshape(-1, 16)
         machine.shared[start : start + box.size] = swizzled.reshape(-1)
-        change(int(barriers.address(slot).value[thread]), 1, 0)
+        change(int(barriers.address(slot).value[thread]), 1, 0, copies=True)
 
 
 @contextlib.contextmanager
@@ -312,9 +345,12 @@ def branch(condition, yes, no):
 
 
 def loop(stop, carry, body):
-    assert len(np.unique(stop.value)) == 1
-    for i in range(int(stop.value[0])):
-        carry = body(Register(i), carry)
+    outer, carry = machine.mask, list(carry)
+    for i in range(int(stop.value[outer].max())):
+        machine.mask = outer & (i < stop.value)
+        new = body(Register(i), carry)
+        carry = [np.where(machine.mask, b, a) for a, b in zip(carry, new)]
+    machine.mask = outer
     return carry
 
 
@@ -389,10 +425,20 @@ def right_operand(descriptor, columns, dtype):
     return data.view(np.dtype(dtype))[..., 0].astype(np.float32)
 
 
-def load_matrices_transposed(row):
+def matrices(row):
+    """[warps, 4, 8, 8]: what lanes 8 i.. address as matrix i, a row each."""
     address = np.where(machine.mask, row.value, 1024).reshape(-1, 4, 8)
     assert (address % 16 == 0).all()
-    data = machine.shared[address[..., None] + np.arange(16)].view(np.uint16)  # [.., row, column]
+    return machine.shared[address[..., None] + np.arange(16)].view(np.uint16)
+
+
+def load_matrices(row):
+    data = matrices(row).view(np.uint32)
+    return [Register(data[:, i, GROUP, QUAD].reshape(-1)) for i in range(4)]
+
+
+def load_matrices_transposed(row):
+    data = matrices(row)
     words = []
     for i in range(4):
         low, high = (data[:, i, 2 * QUAD + e, GROUP].astype(np.uint32) for e in range(2))
@@ -446,6 +492,7 @@ PRIMITIVES = {
     "sync_block": lambda: None,
     "sync_cluster": lambda: None,
     "sync_warp": lambda: None,
+    "uniform": lambda value: value,
     "shuffle": lookup_lane,
     "and_or": lambda a, b, c: (a & b) | c,
     "zero": lambda: np.zeros(machine.threads, np.float32),
@@ -470,6 +517,7 @@ PRIMITIVES = {
     "store_floats": lambda address, values: machine.store_bytes(
         address, np.stack(values, -1).view(np.uint8)
     ),
+    "load_matrices": load_matrices,
     "load_matrices_transposed": load_matrices_transposed,
     "store_matrices_transposed": store_matrices_transposed,
     "shared_address": lambda ref: Register(ref.address),
@@ -488,6 +536,9 @@ PRIMITIVES = {
     ),
     "store": lambda address, value: machine.store(address, value),
     "copy_bulk": copy_bulk,
+    "copy_async": copy_async,
+    "commit_copies": commit_copies,
+    "wait_copies": wait_copies,
     "copy_tensor": copy_tensor,
     "element": lambda ref, i: (ref, i),
 }
@@ -516,5 +567,7 @@ def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_bl
                 machine.run_roles(body)
             else:
                 body.run()
+                phases = [phase for phase in machine.barriers.values() if phase.copies]
+                assert all(phase.waited == phase.completed for phase in phases)
     data = machine.memory(target.address)[0][: out.nbytes]
     return data.view(out.dtype).reshape(out.shape)

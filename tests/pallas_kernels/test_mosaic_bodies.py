@@ -1,7 +1,5 @@
 """The bodies of the Hopper matmul kernels, simulated on the CPU, against float64."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +18,9 @@ def run_decode(monkeypatch, problem, operands, tiles):
     layout = mosaic_decode.Layout(problem, tiles, SMS)
     dtype = problem.dtype if tiles.slabs == 1 else np.float32
     out = np.full((tiles.slabs, problem.m, problem.n), np.nan, jnp.dtype(dtype))
-    context = [None] * ("context" in inspect.signature(mosaic_decode._Block).parameters)
 
     def make(refs, out, scratch):
-        return mosaic_decode._Block(*context, problem, tiles, layout, refs, out, scratch)
+        return mosaic_decode._Block(None, problem, tiles, layout, refs, out, scratch)
 
     blocks, threads = layout.groups * tiles.slabs, 32 * tiles.warps
     return simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make)
@@ -36,7 +33,7 @@ def run_mid(monkeypatch, problem, operands, tiles):
     out = np.full((tiles.slabs, problem.m, problem.n), np.nan, jnp.dtype(dtype))
 
     def make(refs, out, scratch):
-        return mosaic_mid._Block(None, problem, tiles, layout, refs, out, scratch)
+        return mosaic_mid._Block(problem, tiles, layout, refs, out, scratch)
 
     blocks = layout.row_tiles * tiles.slabs
     return simulate(monkeypatch, layout, tiles, blocks, mosaic_mid.THREADS, operands, out, make)
@@ -47,11 +44,13 @@ def run_mid(monkeypatch, problem, operands, tiles):
     [
         ((1, 100, 1024), DecodeTiles(4, 1, 2), {}),
         ((16, 70, 512), DecodeTiles(4, 1, 3), dict(dtype="float16")),
-        ((3, 37, 2880), DecodeTiles(4, 3, 2), dict(double=True)),
+        ((3, 37, 2880), DecodeTiles(4, 3, 2, together=False), dict(double=True)),
         ((9, 90, 2880), DecodeTiles(8, 2, 2), dict(layers=2)),
         ((2, 45, 96, 32), DecodeTiles(4, 1, 2), dict(double=True, layers=3)),
         ((4, 33, 2048, 1024), DecodeTiles(4, 2, 2), {}),
-        ((5, 50, 1536, 128), DecodeTiles(4, 3, 2), {}),
+        ((5, 50, 1536, 128), DecodeTiles(4, 3, 2, together=False), {}),
+        ((3, 100, 2400, 32), DecodeTiles(4, 1, 2, shared_x=True), {}),
+        ((12, 33, 2080, 32), DecodeTiles(4, 2, 3, shared_x=True), dict(double=True)),
     ],
 )
 def test_decode_body(monkeypatch, shape, tiles, kinds):
@@ -61,11 +60,11 @@ def test_decode_body(monkeypatch, shape, tiles, kinds):
 @pytest.mark.parametrize(
     "shape, tiles, kinds",
     [
-        ((20, 150, 1024), MidTiles(1, 2, 512, 64, True), {}),
-        ((33, 40, 2880), MidTiles(2, 3, 1024, 128, False), dict(double=True)),
-        ((72, 37, 768, 32), MidTiles(1, 2, 256, 64, True), dict(layers=2)),
-        ((17, 130, 1536, 512), MidTiles(3, 3, 512, 128, True), dict(dtype="float16")),
-        ((24, 20, 4096, 2048), MidTiles(2, 4, 1024, 64, True), dict(double=True, layers=2)),
+        ((20, 150, 1024), MidTiles(1, 2, 3, 128), {}),
+        ((33, 40, 2880), MidTiles(2, 3, 2, 256), dict(double=True)),
+        ((72, 37, 768, 32), MidTiles(1, 1, 4, 64), dict(layers=2)),
+        ((17, 130, 1536, 512), MidTiles(3, 2, 3, 128), dict(dtype="float16")),
+        ((24, 20, 4096, 2048), MidTiles(2, 4, 2, 64), dict(double=True, layers=2)),
     ],
 )
 def test_mid_body(monkeypatch, shape, tiles, kinds):
