@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import matmul_cells
 import matmul_report
@@ -30,6 +32,7 @@ from matmul_cells import Cell
 
 TORCH_GRACE = 15  # seconds to finish what is under way
 SAVE_EVERY = 40  # cells
+DOTS = 16  # cells that compile before the first of them is measured
 METHOD = (
     "us: sum of the device kernels of one product by CUPTI activity records (JAX by Mosaic GPU's "
     "profiler, PyTorch by Kineto, in processes of their own), median of 5 repetitions over 8 "
@@ -71,7 +74,7 @@ def torch_rows(out: pathlib.Path) -> tuple[dict, list[dict]]:
     return head.get("versions", {}), rows
 
 
-def jax_rows(bench, cells: list[Cell]) -> list[dict]:
+def jax_rows(bench, cells: Sequence[Cell]) -> list[dict]:
     """The measured cells of the JAX side."""
     found = []
     for cell, us, error in bench.run(cells):
@@ -129,7 +132,8 @@ def main() -> None:
 
         bench = matmul_jax.Bench(deadline)
         here = [cell for cell in cells if cell.library in matmul_cells.JAX]
-        # XLA tries its own products on the GPU while it compiles: those wait for the others.
+        # XLA tries its own products on the GPU while it compiles, which the profiler counts too:
+        # they wait for the others, and their measurements for all that compiles.
         ran = {cell: bench.what_runs(cell) for cell in here}
         dots = [cell for cell in here if ran[cell] in ("decoded", "xla", "dot")]
         kernels = [cell for cell in here if ran[cell] and cell not in dots]
@@ -144,13 +148,14 @@ def main() -> None:
     report = matmul_report.load(args.out)
     matmul_report.add(report, rows, about)
     matmul_report.save(report, args.out)
-    for part in (kernels, dots):
+    for part in (*itertools.batched(kernels, SAVE_EVERY), *itertools.batched(dots, DOTS)):
         bench.compile(part)
-        for first in range(0, len(part), SAVE_EVERY):
-            rows = jax_rows(bench, part[first : first + SAVE_EVERY])
-            matmul_report.add(report, rows, about)
-            matmul_report.save(report, args.out)
-            print(f"{len(rows)} cells after {time.time() - start:.0f} s", flush=True)
+        if part[0] in dots:
+            bench.wait()
+        rows = jax_rows(bench, part)
+        matmul_report.add(report, rows, about)
+        matmul_report.save(report, args.out)
+        print(f"{len(rows)} cells after {time.time() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

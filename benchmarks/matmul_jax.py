@@ -4,8 +4,8 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import jax
@@ -167,14 +167,18 @@ class Bench:
             return None
         return choice.backend.module.rsplit(".", 1)[1]
 
-    def compile(self, cells: list[Cell]) -> None:
+    def compile(self, cells: Sequence[Cell]) -> None:
         """Start to compile the cells, where that was not done before."""
         for cell in cells:
             if cell in self.compiled:
                 continue
             self.compiled[cell] = self.compilers.submit(compile_cell, cell)
 
-    def run(self, cells: list[Cell]) -> Iterator[tuple[Cell, float, Future]]:
+    def wait(self) -> None:
+        """Until nothing compiles, or time is over."""
+        wait(self.compiled.values(), timeout=max(0, self.deadline - time.time()))
+
+    def run(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, float, Future]]:
         """(cell, microseconds, error) of the cells, as far as time allows."""
         for cell in cells:
             if time.time() > self.deadline:

@@ -36,7 +36,9 @@ def functions(names: str) -> dict[str, Callable]:
     for name in filter(None, names.split(",")):
         if name != "decoded":
             tiles[name] = LargeTiles(*map(int, name.split("x")))
-    ways = {name: functools.partial(mosaic_large.matmul, config=t) for name, t in tiles.items()}
+    ways: dict[str, Callable] = {
+        name: functools.partial(mosaic_large.matmul, config=t) for name, t in tiles.items()
+    }
     ways["decoded"] = decoded.matmul
     return {name: way for name, way in ways.items() if not names or name in names.split(",")}
 

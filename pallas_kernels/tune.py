@@ -28,10 +28,9 @@ def device_time(compiled: Callable, xs: list, weights: list) -> float:
     """Microseconds of one product: the sum of its device kernels, median of the repetitions."""
     from jax.experimental.mosaic.gpu import profiler  # only where there is a GPU
 
-    # One repetition a measurement: of XLA's dots each may launch another number of kernels.
-    measured = profiler.Cupti(finalize=False).measure(compiled)
-    milliseconds: list[Any] = [measured(xs, weights)[1] for _ in range(REPEATS)]
-    if None in milliseconds:
+    measured = profiler.Cupti(finalize=False).measure(compiled, iterations=REPEATS)
+    milliseconds: Any = measured(xs, weights)[1]  # a list: of each repetition
+    if milliseconds is None:
         raise RuntimeError("CUPTI reported no kernels: is another profiler running?")
     return statistics.median(milliseconds) * 1e3 / len(xs)
 
