@@ -101,9 +101,12 @@ def main() -> None:
     makers = {"smollm2": smollm2, "minilm": minilm}
     parser.add_argument("models", nargs="*", default=list(makers))
     report = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    git = ["git", "-C", str(RESULT.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     for name in parser.parse_args().models:
         model, calibration, measure = makers[name]()
-        found = []
+        found: list[dict] = []
+        report[name] = {"commit": commit, "jax": jax.__version__, "rows": found}
         for method in (None, *METHODS):
             with_data = method not in (None, "mse", "hqq")
             for seed in SEEDS if with_data else (None,):
@@ -116,10 +119,7 @@ def main() -> None:
                     {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
                 )
                 print(name, found[-1], flush=True)
-        git = ["git", "-C", str(RESULT.parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        report[name] = {"commit": commit, "jax": jax.__version__, "rows": found}
-        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+                RESULT.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

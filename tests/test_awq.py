@@ -185,7 +185,16 @@ def bad_calls():
         "no norm and no dense layer at 'nrm'": call({"nrm": ["up/kernel"]}),
         r"folds\['norm'\]: there is no weight at 'up'": call({"norm": ["up"]}),
         r"folds\['down'\]: outputs and inputs differ: .*48.*128": call({"down": ["up/kernel"]}),
+        "folds: up/kernel reads the output of one layer": call(
+            {"norm": ["up/kernel"], "gate": ["up/kernel"]}
+        ),
         "calibrate before adding adapters": call(FOLDS, adapted),
+        'folds= is of method="awq", got method=': lambda: qjax.calibrate(
+            qjax.quantize_model(nnx.clone(float_model), config()),
+            float_model,
+            DATA[:1],
+            folds=FOLDS,
+        ),
     }
 
 

@@ -127,3 +127,26 @@ def test_the_limit_is_bytes_for_one_row_and_operations_for_many(module):
     # 2 bytes a weight over 0.5625, and x and y of 0.03 % of them.
     assert limit(4096, 14336, 1) == pytest.approx(3.556, rel=1e-3)
     assert limit(4096, 14336, 8192) == 1
+
+
+@pytest.mark.parametrize("name", ["better_bits", "qat"])
+def test_the_readme_quotes_the_files_of_quality(name, module):
+    section = module("quality_readme").section(name)
+    assert section in (FOLDER.parent / "README.md").read_text()
+
+
+def test_a_method_is_better_if_every_draw_is(module):
+    def rows(key, plain, draws, **kinds):
+        first = {"method": "plain", "seed": None, key: plain} | kinds
+        return [first, *({"method": "awq", "seed": i, key: v} | kinds for i, v in enumerate(draws))]
+
+    report = {
+        "smollm2": {"rows": rows("perplexity", 20.0, [18.0, 19.0], kl=0.5, float=15.0)},
+        "minilm": {"rows": rows("1 - cosine", 0.04, [0.03, 0.05])},
+    }
+    for row, kl in zip(report["smollm2"]["rows"], (0.5, 0.3, 0.2), strict=True):
+        row["kl"] = kl
+    table = module("quality_readme").better_bits(report).splitlines()
+    assert table[2] == "| plain | 20.00 | 0.500 | 0.0400 |  |"
+    line = "| awq | 18.50 (18.00 to 19.00) | 0.250 (0.200 to 0.300) | 0.0400 (0.0300 to 0.0500) "
+    assert table[3] == line + "| not in cosine |"

@@ -34,6 +34,9 @@ def check_folds(
         weights: the quantized weights of the model, by path.
         floats: its parameters in floating point.
     """
+    every = [path for readers in folds.values() for path in readers]
+    if twice := sorted({path for path in every if every.count(path) > 1}):
+        raise ValueError(f"folds: {twice[0]} reads the output of one layer, and is named twice")
     for producer, readers in folds.items():
         own = [f"{producer}/{name}" for name in _PRODUCER if f"{producer}/{name}" in floats]
         if not any(path.endswith(("/scale", "/kernel")) for path in own):
@@ -97,7 +100,7 @@ def _errors(w: jax.Array, q: QTensor, sizes: jax.Array, products: jax.Array) -> 
     """Return the mean squared error of the outputs, summed over them, for each power."""
 
     def error(power):
-        scales = _along_inputs(_scales(sizes, power), q)
+        scales = _along(q.contract_axes, _scales(sizes, power), q)
         lost = quantize_like(w * scales, q).dequantize(jnp.float32) / scales - w
         order = (*q.contract_axes, *q.out_axes)
         lost = jnp.transpose(lost, order).reshape(len(sizes), -1)
@@ -107,14 +110,8 @@ def _errors(w: jax.Array, q: QTensor, sizes: jax.Array, products: jax.Array) -> 
     return jax.lax.map(error, jnp.asarray(_GRID))
 
 
-def _along_inputs(scales: jax.Array, q: QTensor) -> jax.Array:
-    shape = [n if i in q.contract_axes else 1 for i, n in enumerate(q.slice_shape)]
-    return scales.reshape(shape)
-
-
-def _along_outputs(scales: jax.Array, q: QTensor) -> jax.Array:
-    shape = [n if i in q.out_axes else 1 for i, n in enumerate(q.slice_shape)]
-    return scales.reshape(shape)
+def _along(axes: tuple[int, ...], scales: jax.Array, q: QTensor) -> jax.Array:
+    return scales.reshape([n if i in axes else 1 for i, n in enumerate(q.slice_shape)])
 
 
 def fold(
@@ -137,16 +134,19 @@ def fold(
 
     for producer, s in scales.items():
         for path in folds[producer]:
-            w = current(path)
-            along = s.reshape(-1, *[1] * (w.ndim - 1))  # of a kernel that stays in floating point
-            along = _along_inputs(s, weights[path]) if path in weights else along
+            w, q = current(path), weights.get(path)
+            # A kernel that stays in floating point is [in, ...].
+            along = (
+                s.reshape(-1, *[1] * (w.ndim - 1)) if q is None else _along(q.contract_axes, s, q)
+            )
             new[path] = (w * along).astype(w.dtype)
         for name in _PRODUCER:
             path = f"{producer}/{name}"
             if path not in floats:
                 continue
-            value, offset = current(path), offsets.get(path, 0.0)
-            along = s.reshape(*[1] * (value.ndim - 1), -1)
-            along = _along_outputs(s, weights[path]) if path in weights else along
+            value, q, offset = current(path), weights.get(path), offsets.get(path, 0.0)
+            along = (
+                s.reshape(*[1] * (value.ndim - 1), -1) if q is None else _along(q.out_axes, s, q)
+            )
             new[path] = ((value + offset) / along - offset).astype(value.dtype)
     return new

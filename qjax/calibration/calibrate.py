@@ -12,7 +12,7 @@ from flax import nnx
 
 from pallas_kernels.packing import pack
 from pallas_kernels.scales import decode_scales
-from qjax.calibration.awq import Arrays, Folds, check_folds, fold, input_scales
+from qjax.calibration.awq import Folds, check_folds, fold, input_scales
 from qjax.calibration.gptq import gptq_codes
 from qjax.calibration.moments import Moments, observed_moments
 from qjax.calibration.search import half_quadratic, nearest, squared_error
@@ -86,28 +86,24 @@ def calibrate(
     weights = {path: q for path, q, _ in iter_leaves(x) if isinstance(q, QTensor)}
     floats = {path: leaf for path, leaf, _ in iter_leaves(reference)}
     changing = {path for path, q in weights.items() if _can_improve(q)}
-    if method == "awq":
-        folds = _folds(x, folds)
-        check_folds(folds, weights, floats)
-        changing |= {path for readers in folds.values() for path in readers if path in weights}
+    folds = _folds(x, folds, method)
+    check_folds(folds, weights, floats)
+    changing |= weights.keys() & {f"{producer}/kernel" for producer in folds}
+    changing |= weights.keys() & {path for readers in folds.values() for path in readers}
     if not changing:
         raise ValueError("there is no 4-bit weight with absmax scales in rows to calibrate")
     for path in changing:
         _check_float(path, weights[path], floats.get(path))
     moments = _observe(x, batches, call) if method in _WITH_DATA else Moments()
-    new: dict[str, Any] = {}
-    inputs: Arrays = {}
-    if method == "awq":
-        scales = input_scales(weights, floats, moments, folds)
-        new = fold(scales, weights, floats, folds, _offsets(x))
-        inputs = {path: s for producer, s in scales.items() for path in folds[producer]}
-    for path in changing | (new.keys() & weights.keys()):
-        q, w, products = weights[path], new.get(path, floats[path]), None
+    scales = input_scales(weights, floats, moments, folds)
+    inputs = {path: s for producer, s in scales.items() for path in folds[producer]}
+    new: dict[str, Any] = fold(scales, weights, floats, folds, _offsets(x))
+    for path in changing:
+        q, w = weights[path], new.get(path, floats[path])
         if not _can_improve(q):
             new[path] = quantize_like(w, q, path)
             continue
-        if method in _WITH_DATA:
-            products = moments.mean(path)[1]
+        products: Any = moments.mean(path)[1] if method in _WITH_DATA else None
         if path in inputs:
             products = products / (inputs[path][:, None] * inputs[path][None])
         new[path] = _requantized(q, w, products, method, damping)
@@ -122,8 +118,12 @@ def _check_float(path: str, q: QTensor, w: Any) -> None:
         )
 
 
-def _folds(x: Any, folds: Folds | None) -> Folds:
-    """Return what "awq" may scale, which the models of this library know."""
+def _folds(x: Any, folds: Folds | None, method: str) -> Folds:
+    """Return what "awq" may scale, which the models of this library know; nothing otherwise."""
+    if method != "awq":
+        if folds is not None:
+            raise ValueError(f'folds= is of method="awq", got method={method!r}')
+        return {}
     folds = x.foldings() if folds is None and hasattr(x, "foldings") else folds
     if not folds:
         raise ValueError(
@@ -138,11 +138,8 @@ def _folds(x: Any, folds: Folds | None) -> Folds:
 def _offsets(x: Any) -> dict[str, float]:
     """Return what norms add to their scale, by its path."""
     modules = nnx.iter_modules(x) if isinstance(x, nnx.Module) else ()
-    return {
-        "/".join(map(str, (*path, "scale"))): module.offset
-        for path, module in modules
-        if isinstance(getattr(module, "offset", None), float)
-    }
+    offsets = {"/".join(map(str, (*p, "scale"))): getattr(m, "offset", None) for p, m in modules}
+    return {path: offset for path, offset in offsets.items() if isinstance(offset, float)}
 
 
 def _can_improve(q: QTensor) -> bool:

@@ -13,75 +13,22 @@ codes in each, the first in the lowest bits) and `<module>.scales` (float [in / 
 Source: AutoAWQ 0.2.9, modules/linear/gemm.py; GPTQModel 7.7, nn_modules/qlinear/__init__.py.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.core.formats import format_of
 from qjax.core.qtensor import QTensor
 from qjax.core.scales import AffineScales
+from qjax.hf.group_config import FORMAT, GroupConfig
 
-METHODS = ("gptq", "awq")
-_FORMAT = "int4_asym"
 _PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each four bits, from the lowest
 _V1_OFFSET = np.uint32(0x11111111)
 
 Read = Callable[[str], np.ndarray]  # a tensor by its name
-
-
-@dataclass(frozen=True)
-class GroupConfig:
-    """What a `quantization_config` says of such weights.
-
-    Attributes:
-        method: "gptq" or "awq".
-        group_size: inputs that share a step and a zero point.
-        offset: whether zero points are stored less one, as GPTQ's first version has them.
-    """
-
-    method: str
-    group_size: int
-    offset: bool
-
-
-def read_group_config(data: Mapping[str, Any], where: str = "quantization_config") -> GroupConfig:
-    """Read the dict of GPTQConfig or AwqConfig; what does not say how to decode is not looked at.
-
-    Raises:
-        NotImplementedError: other bits, another layout, or bits that differ by module.
-        ValueError: a group size that is none.
-    """
-    method = data["quant_method"]
-    bits = data.get("bits", data.get("w_bit"))
-    if bits != 4:
-        raise NotImplementedError(f"{where}: bits={bits!r} of {method!r} is not read; only 4")
-    layouts = ("gptq", "gptq_v2") if method == "gptq" else ("gemm",)
-    layout = next(
-        (data[k] for k in ("checkpoint_format", "format", "version") if data.get(k)), None
-    )
-    layout = str(layout or layouts[0]).lower()
-    if layout not in layouts or data.get("is_marlin_format"):
-        found = layout if layout not in layouts else "marlin"
-        raise NotImplementedError(f"{where}: format={found!r} is not read; only {layouts}")
-    if data.get("pack_dtype", "int32") != "int32":
-        raise NotImplementedError(
-            f"{where}: pack_dtype={data['pack_dtype']!r}; only 'int32' is read"
-        )
-    if changed := [key for key in data.get("dynamic") or () if not key.startswith("-")]:
-        raise NotImplementedError(
-            f"{where}: dynamic={changed} gives some modules another format; only one is read"
-        )
-    size, sizes = data.get("group_size", data.get("q_group_size")), format_of(_FORMAT).block_sizes
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ValueError(f"{where}: group_size={size!r} must be an int")
-    if size not in sizes:
-        raise NotImplementedError(f"{where}: group_size={size} is not read; only {sizes}")
-    return GroupConfig(method, size, method == "gptq" and layout == "gptq")
 
 
 def grouped_weights(tensors: Collection[str]) -> dict[str, frozenset[str]]:
@@ -115,7 +62,7 @@ def grouped_like(shape: tuple[int, ...], name: str, config: GroupConfig, dtype: 
         scales=AffineScales(abstract(groups, np.float32), abstract(groups, np.uint8)),
         slice_shape=(k, n),
         dtype=jnp.dtype(dtype),
-        format=_FORMAT,
+        format=FORMAT,
         block_size=size,
         contract_axes=(0,),
         layout="rows",
@@ -148,7 +95,7 @@ def read_grouped(
 
     if config.method == "gptq":
         codes = _along_rows(part(".qweight", (k // 8, n), np.int32))
-        if f"{module}.g_idx" in parts:
+        if config.act_order or f"{module}.g_idx" in parts:
             _check_order(module, part(".g_idx", (k,), np.integer), like.block_size)
     else:
         codes = _along_columns(part(".qweight", (k, n // 8), np.int32), _AWQ_ORDER)

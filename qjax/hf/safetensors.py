@@ -13,14 +13,8 @@ from qjax.hf.bitsandbytes import packed_weights, qtensor_like, read_qtensor
 from qjax.hf.bnb_config import BnbConfig, read_bnb_config
 from qjax.hf.bnb_int8 import int8_like, int8_weights, read_int8
 from qjax.hf.families import Family, family
-from qjax.hf.integer_groups import (
-    METHODS,
-    GroupConfig,
-    grouped_like,
-    grouped_weights,
-    read_group_config,
-    read_grouped,
-)
+from qjax.hf.group_config import METHODS, GroupConfig, read_group_config
+from qjax.hf.integer_groups import grouped_like, grouped_weights, read_grouped
 from qjax.hf.mxfp4 import decode_mxfp4, mxfp4_weights
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -27,8 +27,8 @@ class Pretrained(nnx.Module):
         """
         found = {}
         for path, module in nnx.iter_modules(self):
-            own = module.foldings() if hasattr(module, "foldings") and module is not self else {}
-            for producer, kernels in own.items():
+            own = getattr(module, "foldings", dict) if module is not self else dict
+            for producer, kernels in own().items():
                 names = [(*map(str, path), name) for name in (producer, *kernels)]
                 producer, *kernels = map("/".join, names)
                 found[producer] = tuple(kernels)

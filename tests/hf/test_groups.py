@@ -9,7 +9,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import qjax.hf
-from qjax.hf.integer_groups import GroupConfig, grouped_like, read_group_config, read_grouped
+from qjax.hf.group_config import GroupConfig, read_group_config
+from qjax.hf.integer_groups import grouped_like, read_grouped
 from tests.hf.group_files import grouped, quantization_config, write_grouped
 from tests.models.golden import FOLDER, TOLERANCE, reference
 
@@ -146,6 +147,19 @@ def test_a_broken_weight_is_named(change, kind, message, tmp_path):
     change(tensors)
     save_file(tensors, packed / "model.safetensors")
     with pytest.raises(kind, match=message):
+        qjax.hf.from_pretrained(packed)
+
+
+def test_act_order_needs_the_groups_of_the_inputs(tmp_path):
+    packed = write_grouped(FOLDER / "llama" / "hf", tmp_path, "gptq")
+    data = json.loads((packed / "config.json").read_text())
+    data["quantization_config"]["desc_act"] = True
+    (packed / "config.json").write_text(json.dumps(data))
+    qjax.hf.from_pretrained(packed)  # groups that are in order all the same
+    tensors = load_file(packed / "model.safetensors")
+    del tensors[f"{UP}.g_idx"]
+    save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has no '.*up_proj\.g_idx'"):
         qjax.hf.from_pretrained(packed)
 
 
