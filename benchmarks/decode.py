@@ -1,6 +1,7 @@
 """Generation with Llama shapes on one GPU: tokens/s, prefill, memory, energy, kernels of a step.
 
 python benchmarks/decode.py --out benchmarks/results/decode.json
+    --commit $(git rev-parse --short HEAD)
     [--cases llama-2-7b/nf4/off/1x64+192,llama-2-7b/bf16/off/1x2048+1] [--profile kernels.json]
 
 A case is shape/weights/adapters/batch x prompt + new tokens. Random NF4 weights with double
@@ -98,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--commit", required=True, help="what is measured: the results say it")
     parser.add_argument("--profile", type=pathlib.Path)
     args = parser.parse_args()
     models: dict = {}
@@ -108,7 +110,7 @@ def main() -> None:
     for case, error in zip(cases, errors):
         row = {"case": case.text} | ({"error": error} if error else case.measure(profiles))
         print(json.dumps(row), flush=True)
-        save(args.out, [row])
+        save(args.out, [row], args.commit)
     if profiles is not None:
         args.profile.write_text(json.dumps(profiles))
 

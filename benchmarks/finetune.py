@@ -120,12 +120,12 @@ def run(args, case: str, found) -> dict:
     return row
 
 
-def save(path: pathlib.Path, rows: list[dict]) -> None:
-    """Add rows to a results file."""
+def save(path: pathlib.Path, rows: list[dict], commit: str) -> None:
+    """Add rows, measured at a commit, to a results file."""
     report = json.loads(path.read_text()) if path.exists() else {"rows": []}
     device = jax.devices()[0]
     report |= {"device": device.device_kind, "jax": jax.__version__}
-    report["rows"] += rows
+    report["rows"] += [row | {"commit": commit} for row in rows]
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--saves", default="attention")
+    parser.add_argument("--commit", required=True, help="what is measured: the results say it")
     parser.add_argument("--profile", type=pathlib.Path, help="kernels of the last case")
     args = parser.parse_args()
     cases = args.cases.split(",")
@@ -145,7 +146,7 @@ def main() -> None:
     for case, found in zip(cases, compiled):
         row = run(args, case, found)
         print(json.dumps(row), flush=True)
-        save(args.out, [row])
+        save(args.out, [row], args.commit)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import peft
 import torch
 import transformers
 
-LENGTH, NEW = 2048, 48
+LENGTH, NEW = 2048, 32
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

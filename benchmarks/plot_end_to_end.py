@@ -43,11 +43,13 @@ def main() -> None:
     values, colors = zip(*cases.values())
     bars(train, list(cases), values, colors, "QLoRA training on one H100", "tokens/s")
     cases = {
-        "7B": "llama-2-7b/nf4/off/1x64+192",
-        "7B, adapters on": "llama-2-7b/nf4/on/1x64+192",
+        "bitsandbytes 7B, adapters": (peer["llama-2-7b/nf4/on/1x64+32"]["tokens_per_s"], PEER),
+        "qjax 7B, adapters": (decode["llama-2-7b/nf4/on/1x64+192"]["tokens_per_s"], OURS),
+        "qjax 7B": (decode["llama-2-7b/nf4/off/1x64+192"]["tokens_per_s"], OURS),
+        "qjax 70B": (decode["llama-3-70b/nf4/off/1x64+64"]["tokens_per_s"], OURS),
     }
-    values = [decode[name]["tokens_per_s"] for name in cases.values()]
-    bars(generate, list(cases), values, [OURS] * 2, "Generation, batch 1", "tokens/s")
+    values, colors = zip(*cases.values())
+    bars(generate, list(cases), values, colors, "Generation, batch 1", "tokens/s")
     found = {name: us / 1e3 for name, us in finetune[case]["parts_us"].items()}
     bars(
         parts, list(found), list(found.values()), [OURS] * len(found), "A training step of 7B", "ms"

@@ -26,6 +26,7 @@ from qjax.ops.matmul import einsum as einsum
 from qjax.ops.matmul import matmul as matmul
 from qjax.ops.take import take as take
 from qjax.optim import adamw8bit as adamw8bit
+from qjax.optim import offload_state as offload_state
 from qjax.planning import plan as plan
 from qjax.swap.linen import add_lora_params as add_lora_params
 from qjax.swap.linen import quantize_params as quantize_params

@@ -1,6 +1,7 @@
 """Text generation: one jitted prefill, then the whole decode loop on the device.
 
-Works on any `LanguageModel` that is an `nnx.Module`; knows nothing of how it stores its weights.
+Works on any `LanguageModel` that is an `nnx.Module`; of how it stores its weights it knows that
+adapters are `nnx.LoRAParam`.
 
 **Compilations.** Prompts are padded on the left to a bucket of columns (32, 64, 96, ...; above 256
 at most 25 % more than needed), and the cache holds a bucket of slots. The prefill is compiled once
@@ -294,10 +295,13 @@ def _model(graphdef, params: _Params) -> Any:
     """Put the model together with its dropout off: while tracing, where it costs nothing."""
     model: Any = nnx.merge(graphdef, params.adapters, params.rest)
     if params.by_columns:
-        for _, layer in nnx.iter_modules(model):
-            if hasattr(layer, "lora_by_columns"):
+        for _, module in nnx.iter_modules(model):
+            layer: Any = module
+            if getattr(layer, "lora_a", None) is None:
+                continue
+            if hasattr(layer, "lora_by_columns") and layer.lora_magnitude is None:
                 layer.lora_by_columns = True
-            elif getattr(layer, "lora_a", None) is not None:
+            else:  # of another kind, or DoRA's, which is also multiplied by B
                 layer.lora_a = layer.lora_a.replace(layer.lora_a[...].mT)
     return nnx.view(model, deterministic=True, raise_if_not_found=False)
 

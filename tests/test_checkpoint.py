@@ -159,6 +159,16 @@ def test_adapters_alone(params, tmp_path):
     assert_same(loaded, {"adapter": params["adapter"], "box": {"lora_a": params["box"].lora_a}})
 
 
+def test_moments_of_adapters_are_no_adapters(params, tmp_path):
+    trainable, _ = qjax.partition(params)
+    moments = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(trainable)
+    qjax.save(tmp_path / "x", {"params": params, "opt_state": moments}, only="adapters")
+    loaded = qjax.load(tmp_path / "x")["params"]
+    assert_same(loaded, {"adapter": params["adapter"], "box": {"lora_a": params["box"].lora_a}})
+    with pytest.raises(ValueError, match="has no adapters, so none can be saved"):
+        qjax.save(tmp_path / "y", moments, only="adapters")
+
+
 def test_adapters_load_into_a_tree_that_has_the_base(params, tmp_path):
     qjax.save(tmp_path / "x", params, only="adapters")
     trainable, frozen = qjax.partition(params)

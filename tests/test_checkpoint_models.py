@@ -125,6 +125,9 @@ def test_nnx_adapters_alone(model, tmp_path):
     loaded = qjax.load(tmp_path / "x", trained)
     assert_same(state_of(loaded), state_of(model))
     assert loaded.shared.up.kernel.q.packed is base
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.LoRAParam)
+    qjax.save(tmp_path / "z", {"model": model, "optimizer": optimizer}, only="adapters")
+    assert_same(qjax.load(tmp_path / "z"), {"model": qjax.load(tmp_path / "x")})
     # An adapter's own state is enough, and what is a LoRAParam counts, whatever its name.
     assert_same(qjax.load(tmp_path / "x", like), nnx.state(model, nnx.LoRAParam))
     named = nnx.Dict(vector=nnx.LoRAParam(jnp.ones(2)), base=nnx.Param(jnp.zeros(2)))

@@ -193,11 +193,19 @@ def test_a_prompt_of_a_whole_bucket_needs_no_mask():
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=6), masked)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
-def test_adapters_by_columns_change_no_token(scan_layers, monkeypatch):
+@pytest.mark.parametrize(
+    "scan_layers, lora",
+    [
+        (True, qjax.LoraConfig(4, include="_proj$|embed")),
+        pytest.param(False, qjax.LoraConfig(4, include="_proj$"), marks=pytest.mark.slow),
+        pytest.param(True, qjax.LoraConfig(4, include="_proj$", dora=True), marks=pytest.mark.slow),
+    ],
+    ids=["scan", "loop", "dora"],
+)
+def test_adapters_by_columns_change_no_token(scan_layers, lora, monkeypatch):
     config = dataclasses.replace(TINY, scan_layers=scan_layers)
     model = CausalLM(config, rngs=nnx.Rngs(0))
-    qjax.add_lora(model, qjax.LoraConfig(4, include="_proj$|embed"), rngs=nnx.Rngs(1))
+    qjax.add_lora(model, lora, rngs=nnx.Rngs(1))
     plain = model.generate(IDS[:1] % 32, max_new_tokens=12)
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
         leaf.set_value(jax.random.normal(jax.random.key(len(path)), leaf.shape))

@@ -119,3 +119,46 @@ def test_adapters_converge_as_with_float32_adamw():
 def test_misuse_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         qjax.adamw8bit(1e-3, **options)
+
+
+def kinds(state) -> set[tuple[bool, str]]:
+    """Of the arrays of a state: whether it is a scalar, and where it is."""
+    return {(a.ndim == 0, a.sharding.memory_kind) for a in jax.tree.leaves(state)}
+
+
+@pytest.mark.parametrize("make", [qjax.adamw8bit, optax.adamw])
+def test_state_on_the_host_gives_the_same_updates(make, rng):
+    params = {"w": jnp.asarray(rng.normal(size=(80, 64)), jnp.float32), "b": jnp.ones(3)}
+    plain, offloaded = make(0.1), qjax.offload_state(make(0.1))
+    states = plain.init(params), offloaded.init(params)
+    step, offloaded_step = jax.jit(plain.update), jax.jit(offloaded.update)
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        want, state = step(grads, states[0], params)
+        got, moved = offloaded_step(grads, states[1], params)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+        assert kinds(moved) == {(True, "device"), (False, "pinned_host")}
+        assert kinds(got) == {(False, "device")}
+        states = state, moved
+
+
+def test_an_nnx_optimizer_keeps_its_state_on_the_host(tmp_path):
+    layer = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(layer, qjax.offload_state(qjax.adamw8bit(1e-2)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(layer, optimizer):
+        loss, grads = nnx.value_and_grad(lambda layer: jnp.mean(layer(jnp.ones((2, 64))) ** 2))(
+            layer
+        )
+        optimizer.update(layer, grads)
+        return loss
+
+    first, second = step(layer, optimizer), step(layer, optimizer)
+    assert second < first
+    assert kinds(nnx.state(optimizer)) == {(True, "device"), (False, "pinned_host")}
+    assert kinds(nnx.state(layer)) == {(False, "device")}
+    qjax.save(tmp_path / "state", nnx.state(optimizer))
+    loaded = qjax.load(tmp_path / "state", like=nnx.state(optimizer))
+    assert kinds(loaded) == kinds(nnx.state(optimizer))
+    jax.tree.map(np.testing.assert_array_equal, loaded, nnx.state(optimizer))

@@ -88,3 +88,33 @@ def test_gains_of_the_inits_are_the_measured_ones():
     for row in results["rows"]:
         measured.setdefault(row["init"], []).append(f"-{row['reduction_percent']} %")
     assert {row[0]: row[1:] for row in table_rows("| init | rank 8 |")} == measured
+
+
+def test_the_two_gpu_table_is_what_was_measured():
+    report = json.loads((ROOT / "benchmarks/results/nvidia-h200-x2.json").read_text())
+    rows = {r["how"]: r for r in report["rows"] if "how" in r and not r["options"]}
+    one = rows["one"]["tokens_per_s"]
+    for how, label in [("one", "one GPU"), ("tensor", "tensor parallel"), ("fsdp", "FSDP")]:
+        rate, memory = rows[how]["tokens_per_s"], rows[how]["device_gib"]
+        share = "" if how == "one" else f" {rate / one:.2f}"
+        assert f"| {label} | {rate:,} |{share} | {memory:.1f} GiB |" in README
+    pairs = zip(*(rows[how]["losses"] for how in rows), strict=True)
+    assert max(max(losses) - min(losses) for losses in pairs) < 0.00051
+    training, memory, decode = report["offload"]["rows"]
+    for text in (
+        f"{memory['weights_gib']:.1f} GiB, on one H200 limited to {memory['limit_gib']:.0f} GiB",
+        f"{training['tokens_per_s']} tokens/s (1 x 2048), one token in {decode['ms']:.0f} ms",
+        f"the {decode['gigabytes_per_s']:.0f} GB/s of the bus",
+        f"at most {memory['peak_gib']:.1f} GiB",
+    ):
+        assert text in README
+
+
+def test_packed_caches_are_the_measured_ones():
+    rows = json.loads((ROOT / "benchmarks/results/kv_cache.json").read_text())["rows"]
+    measured = [
+        [r["kv_format"], f"{r['bits']:.1f}", f"{r['bytes_per_token']:,}", f"{r['perplexity']:.3f}",
+         f"{r['kl']:.5f}", f"{r['agreement']:.1%}"]
+        for r in rows
+    ]  # fmt: skip
+    assert table_rows("| Cache | Bits a number |") == measured

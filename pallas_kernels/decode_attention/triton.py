@@ -16,7 +16,9 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_scales import layer_index
 
-TILE = 64  # slots a step
+# Slots a step. On an H100, 32 heads of 160 slots: 2.6 us, where 64 take 3.5 and 16 take 3.1; heads
+# of 8 queries: 6.9, where 64 take 15.5; 3000 slots: 26, where 64 take 24.
+TILE = 32
 PROGRAMS = 264  # enough to fill the 132 multiprocessors of an H100 twice
 MAX_SPLITS = 16
 MAX_QUERIES = 8  # of a head: each has its sums in registers

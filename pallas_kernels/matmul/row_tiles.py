@@ -26,7 +26,8 @@ def matmul(
     """The product of `reference.matmul`, decoded and multiplied in float32."""
     scales = decode_scales(scales)
     rows, half = packed.shape
-    tile = min(rows, max(1, TILE_WEIGHTS // (2 * half)))
+    # Tiles of one size, so that the last, which reaches back, repeats little.
+    tile = -(-rows // -(-rows // min(rows, max(1, TILE_WEIGHTS // (2 * half)))))
 
     def decode(start):
         """The even and odd columns of a tile of weight rows, float32 [tile, K // 2] each."""

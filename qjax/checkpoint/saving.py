@@ -36,7 +36,7 @@ def save(
         path: of the folder to make; its parents are made too.
         x: an NNX model, an `nnx.State`, or any tree of arrays, QTensors and Python numbers.
         only: "adapters" for the adapters alone: `nnx.LoRAParam`s, and leaves named lora_a or
-            lora_b.
+            lora_b; not what an optimizer keeps for them.
         overwrite: replace a checkpoint that is there, once the new one is complete.
 
     Raises:

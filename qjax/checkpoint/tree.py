@@ -138,23 +138,39 @@ def _parts(keys: Any) -> tuple[str, ...]:
     return tuple(keystr((key,), simple=True) for key in keys)
 
 
-def _walk(tree: Any, path: tuple[str, ...], marks: Marks) -> Iterator[tuple[tuple, Any, bool]]:
-    """Yield path, leaf and whether it is an adapter's, in the order of `jax.tree.leaves`."""
+def _walk(
+    tree: Any, path: tuple[str, ...], marks: Marks, is_state: bool = False
+) -> Iterator[tuple[tuple, Any, bool]]:
+    """Yield path, leaf and whether it is an adapter's, in the order of `jax.tree.leaves`.
+
+    An optimizer's state has the names of the adapters, and is none: `is_state` is inside of one.
+    """
     _mark(tree, "/".join(path), marks)
+    is_state = is_state or _is_optimizer_state(tree)
 
     def is_node(node):
-        return node is not tree and isinstance(node, (*_WRAPPERS, QTensor, QuantBox))
+        known = isinstance(node, (*_WRAPPERS, QTensor, QuantBox)) or _is_optimizer_state(node)
+        return node is not tree and known
 
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]:
         if isinstance(tree, _WRAPPERS):
             keys = keys[1:]
         inner = (*path, *_parts(keys))
         if is_node(leaf):
-            yield from _walk(leaf, inner, marks)
+            yield from _walk(leaf, inner, marks, is_state)
+        elif is_state:
+            yield inner, leaf, False
         else:
             adapter = isinstance(tree, nnx.LoRAParam) or "".join(inner[-1:]) in ADAPTER_LEAVES
             aside = isinstance(tree, ShelvedParam) and "lora_shelf" in inner
             yield inner, leaf, adapter or aside
+
+
+def _is_optimizer_state(node: Any) -> bool:
+    """Return whether a node is what optax, `qjax.optim` or Flax keeps an optimizer's state in."""
+    is_named_tuple = isinstance(node, tuple) and hasattr(node, "_fields")
+    of_optax = is_named_tuple and type(node).__module__.split(".")[0] in ("optax", "qjax")
+    return of_optax or isinstance(node, nnx.OptState)
 
 
 def _mark(node: Any, name: str, marks: Marks) -> None:

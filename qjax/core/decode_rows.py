@@ -74,8 +74,9 @@ def _with_rule(decode, block_size: int, stack: tuple[str, ...], one_block: bool)
     # Rows of one block have no axis of blocks: a rule may not have a factor of 1.
     of_blocks: dict[str, Any] = {} if one_block else {"i": block_size, "j": block_size // 2}
     packed = (*stack, "n", "j" if one_block else ("b", "j"))
-    result = (*stack, "n", "i" if one_block else ("b", "i"))
+    operands: tuple = (packed, (*stack, "n", "b"), ("codes",))
+    results: tuple = ((*stack, "n", "i" if one_block else ("b", "i")),)
     wrapped = custom_partitioning(lambda *operands: decode(*operands))
-    rule = SdyShardingRule((packed, (*stack, "n", "b"), ("codes",)), (result,), **of_blocks)
+    rule = SdyShardingRule(operands, results, **of_blocks)
     wrapped.def_partition(partition=partition, sharding_rule=rule)
     return wrapped

@@ -51,19 +51,21 @@ class Attention(nnx.Module):
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        sinks = self.sinks[...] if c.attention_sinks else None
-        how = c.attention_softcap, sinks
-        earlier = context.mask is not None and context.mask.shape[-1] != k.shape[1]
+        out, cache = self._attend(q, k, v, context, cache, layer)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+    def _attend(self, q, k, v, context: Context, cache: KVCache | None, layer):
+        """Return what the queries see, [B, T, heads, head_dim], and the cache."""
+        c, mask = self.config, context.mask
+        scale = c.attention_scale
+        more = c.attention_softcap, self.sinks[...] if c.attention_sinks else None
         if cache is not None:
             cache = write(cache, layer, k, v)
-        if cache is None or not earlier:
-            out = attend(q, k, v, context, c.attention_scale, *how)
-        elif not cache.is_packed and _takes_one(q, context, *how):
-            out = attend_one(q, cache, layer, context.mask, c.attention_scale)
-        else:
-            k, v = (x.astype(q.dtype) for x in read(cache, layer))
-            out = attend(q, k, v, context, c.attention_scale, *how)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+            if mask is not None and mask.shape[-1] != k.shape[1]:  # earlier ones too
+                if _takes_one(q, context, *more) and not cache.is_packed:
+                    return attend_one(q, cache, layer, mask, scale), cache
+                k, v = (x.astype(q.dtype) for x in read(cache, layer))
+        return attend(q, k, v, context, scale, *more), cache
 
     def foldings(self) -> dict[str, tuple[str, ...]]:
         """See `Pretrained.foldings`: weights on tokens do not mix the entries of a value."""
@@ -108,7 +110,7 @@ def attend(
         sinks: [heads] more logits, of a key without a value.
     """
     mask, bias = context.mask, context.bias
-    if _takes_one(q, context, softcap, sinks):
+    if mask is not None and _takes_one(q, context, softcap, sinks):
         mask = jnp.broadcast_to(mask[:, 0, 0], k.shape[:2])
         # XLA's, which reads k and v as they lie here: a kernel would have them copied.
         one = functools.partial(decode_attention, scale=scale, implementation="xla")

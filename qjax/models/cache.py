@@ -5,7 +5,7 @@ Slots are columns of the batch: token `t` of every row sits in slot `t`, padding
 padded rows of different lengths share one write index.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,10 @@ class KVCache(NamedTuple):
             that this is known when a call is traced.
     """
 
-    k: tuple[jax.Array | PackedKeys, ...] | jax.Array | PackedKeys
-    v: tuple[jax.Array | PackedValues, ...] | jax.Array | PackedValues
+    k: Any
+    v: Any
     valid: jax.Array
-    length: jax.Array | np.generic
+    length: Any
 
     @property
     def slots(self) -> int:
@@ -116,7 +116,7 @@ def read(cache: KVCache, layer) -> tuple[jax.Array, jax.Array]:
 
 
 def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> jax.Array:
-    """Attend to a layer with the one query a row that was written last.
+    """Attend to a layer of a float cache with the one query a row that was written last.
 
     Args:
         q: [B, 1, heads, head_dim].
@@ -127,11 +127,12 @@ def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> j
         Of q's shape and dtype.
     """
     mask = jnp.broadcast_to(mask[:, 0, 0], cache.valid.shape)
-    k, v, index = cache.k, cache.v, layer
+    k: Any = cache.k
+    v: Any = cache.v
+    index, written = layer, jnp.asarray(cache.length) + 1
     if isinstance(k, tuple):
         k, v, index = k[layer], v[layer], None
-    length = cache.length + 1
-    return decode_attention(q[:, 0], k, v, mask, length, scale=scale, layer=index)[:, None]
+    return decode_attention(q[:, 0], k, v, mask, written, scale=scale, layer=index)[:, None]
 
 
 def _write(held, layer, new: jax.Array, start):

@@ -36,6 +36,12 @@ class Packed:
     low: jax.Array
 
     @classmethod
+    def zeros(cls, shape: tuple[int, ...], axis: int, bits: int) -> "Packed":
+        """Return what stands for zeros of this shape."""
+        like = jax.eval_shape(lambda: cls.encode(jnp.zeros(shape), axis, bits))
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+
+    @classmethod
     def encode(cls, x: jax.Array, axis: int, bits: int) -> "Packed":
         """Encode float x, with a step and a low for all along an axis."""
         x = x.astype(jnp.float32)
@@ -75,8 +81,7 @@ class PackedKeys:
         """Return keys for [*layers, B, heads, slots, head_dim]."""
         *leading, slots, width = shape
         groups = (*leading, -(-slots // GROUP), GROUP, width)
-        packed = Packed.encode(jnp.zeros(groups, jnp.bfloat16), -2, bits)
-        return cls(packed, jnp.zeros((*leading, GROUP, width), dtype), bits)
+        return cls(Packed.zeros(groups, -2, bits), jnp.zeros((*leading, GROUP, width), dtype), bits)
 
     def write(self, layer, new: jax.Array, start) -> "PackedKeys":
         """Write keys [B, heads, T, head_dim] at slot `start`.
@@ -129,8 +134,7 @@ class PackedValues:
         """Return values for [*layers, B, heads, slots, head_dim]."""
         *leading, width = shape
         block = math.gcd(width, 64) if width % 32 == 0 else width
-        blocks = jnp.zeros((*leading, width // block, block), jnp.bfloat16)
-        return cls(Packed.encode(blocks, -1, bits), bits)
+        return cls(Packed.zeros((*leading, width // block, block), -1, bits), bits)
 
     def write(self, layer, new: jax.Array, start) -> "PackedValues":
         """Write values [B, heads, T, head_dim] at slot `start`."""

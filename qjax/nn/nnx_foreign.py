@@ -29,6 +29,8 @@ from qjax.ops.matmul import einsum
 from qjax.ops.ragged import ragged_dot
 from qjax.ops.take import take
 
+_PARTS = ("", "_a", "_b", "_dropout")  # what follows "w_lora" in the names of its attributes
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -56,6 +58,7 @@ def _make_class(cls: type, names: tuple[str, ...], calls: tuple) -> type[Foreign
     members |= {"__module__": cls.__module__, "__doc__": cls.__doc__}
     members |= {name: _weight_property(name) for name in names}
     members |= {method: _method(name, call) for method, name, call in calls}
+    members |= _container_members(cls)
     is_pytree = getattr(cls, "_pytree__is_pytree", True)
     return type(cls)(f"Quant{cls.__name__}", (ForeignLayer, cls), members, pytree=is_pytree)
 
@@ -98,6 +101,19 @@ def _weight_property(name: str) -> property:
         del vars(self)[name]
 
     return property(get, put, delete)
+
+
+def _container_members(cls: type) -> dict[str, Any]:
+    if issubclass(cls, nnx.Dict):  # its items are its attributes
+        return {"__iter__": _names_without_adapters}
+    if issubclass(cls, nnx.List):  # adapters have names among its numbers
+        return {"_pytree__has_int_keys": False}
+    return {}
+
+
+def _names_without_adapters(self) -> Iterator[str]:
+    own = tuple(f"{name}_lora{part}" for name in self.weight_names for part in _PARTS)
+    return (name for name in self.float_class.__iter__(self) if name not in own)
 
 
 def _method(name: str, call: Callable) -> Callable:
@@ -160,7 +176,7 @@ def init_foreign_adapter(
 
 def drop_foreign_adapter(layer: Any, name: str) -> None:
     """Remove a parameter's adapter."""
-    for suffix in ("", "_a", "_b", "_dropout"):
+    for suffix in _PARTS:
         if f"{name}_lora{suffix}" in vars(layer):
             delattr(layer, f"{name}_lora{suffix}")
 

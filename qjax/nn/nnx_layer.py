@@ -7,6 +7,7 @@ names and meaning, so a layer changes its class in place and every reference to 
 
 import copy
 import functools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -263,7 +264,15 @@ class QuantLayer(LoraLayer):
 
     def _multiply(self, op, *args: Any) -> jax.Array:
         """Run one of the ops, on the record of the weight's path."""
-        with trace.leaf(getattr(self, self.weight_name).get_metadata().get("path")):
+        path = getattr(self, self.weight_name).get_metadata().get("path")
+        if self._stack():
+            raise ValueError(
+                f"{path or self.weight_name}: a layer was called with a whole stack of weights, "
+                f"{list(self._stack())} in front. A 4-bit weight is a qjax.nnx.QuantParam, not an "
+                "nnx.Param: name it in the nnx.StateAxes of the scan or vmap too, such as "
+                "{(nnx.Param, QuantParam): 0, ...: None}"
+            )
+        with trace.leaf(path):
             return op(*args)
 
 
@@ -289,7 +298,10 @@ def stacked_ndim(shape: tuple[int, ...], axes: WeightAxes, name: str) -> int:
     """Return how many stacked axes (`nnx.vmap` over layers) a weight has in front of its own."""
     stack = len(shape) - len(axes.shape)
     if stack < 0 or shape[stack:] != axes.shape:
-        raise ValueError(f"{name}: shape {shape} is not {list(axes.shape)} behind stacked axes")
+        message = f"{name}: shape {shape} is not {list(axes.shape)} behind stacked axes"
+        if stack > 0 and not Counter(axes.shape) - Counter(shape):
+            message += "; stack layers along axis 0, with out_axes=0 of nnx.vmap or nnx.scan"
+        raise ValueError(message)
     return stack
 
 

@@ -28,7 +28,11 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
     and, where an include pattern asks for it, `Embed` become `qjax.nnx` layers under the same
     paths. Shared layers stay shared; layers stacked by `nnx.vmap` are quantized slice by slice. By
     default embeddings, norms, routers and the output head stay in floating point; `qjax.report`
-    says what stayed and why.
+    says what stayed and why. A weight that does not fit its layer stays too, with a warning: layers
+    that are stacked along another axis than 0 are such.
+
+    Under a transform such as `nnx.jit`, make the model there (or `nnx.merge` it) and return it:
+    Flax does not carry changes of a layer's class out of a transform that got the model.
 
     Parameters of other modules too: a module that is one einsum (`einsum_str` and a weight), or
     that `qjax.register` knows, runs on the packed weight. Any other keeps its class and reads its
@@ -122,7 +126,10 @@ def _reason(f: Found | Raw, cfg: QuantConfig, is_glu: bool) -> str | None:
         axes = f.axes()
         stacked_ndim(tuple(f.weight.shape), axes, f.weight_path)
     except (ValueError, AttributeError) as error:  # a subclass may lack Flax's attributes
-        return skip_reason(f.weight_path, cfg) or str(error)
+        reason = skip_reason(f.weight_path, cfg)
+        if reason is None:
+            warnings.warn(f"left in floating point: {error}", stacklevel=4)
+        return reason or str(error)
     out_size = math.inf if is_glu else math.prod(axes.out_shape)
     return skip_reason(f.weight_path, cfg, role=f.role, out_size=out_size)
 

@@ -72,6 +72,11 @@ class Raw:
         return f"{self.path}/{self.name}".removeprefix("/")
 
     @property
+    def label(self) -> str:
+        """The parameter's name, or that of the list which holds it."""
+        return next(n for n in reversed([*self.path.split("/"), self.name]) if not n.isdigit())
+
+    @property
     def is_quantized(self) -> bool:
         """Whether the weight is in 4 bits."""
         return isinstance(self.weight, QuantParam)
@@ -95,7 +100,9 @@ class Raw:
         """How the module uses the weight, if only by a guess from its shape and path."""
         if self.known is not None:
             return self.known
-        return guess_axes(self.weight_path, tuple(self.weight.shape)[self.stack :], self.role)
+        # A class may say in its name that it is a mixture of experts.
+        names = f"{type(self.layer).__name__}/{self.weight_path}"
+        return guess_axes(names, tuple(self.weight.shape)[self.stack :], self.role)
 
     def put(self, weight: QuantParam, cfg: QuantConfig) -> None:
         """Put a 4-bit weight in place of the float one."""
@@ -162,7 +169,7 @@ def find_weights(model: nnx.Module) -> list[Found | Raw]:
     return [
         f
         for f in placed
-        if not isinstance(f, Raw) or f.known or is_matrix(f.name, f.weight.shape[f.stack :])
+        if not isinstance(f, Raw) or f.known or is_matrix(f.label, f.weight.shape[f.stack :])
     ]
 
 
@@ -172,12 +179,12 @@ def _weights_of(path: str, module: Any) -> Iterator[Found | Raw]:
         yield Found(path, module, cls)
         return
     own = module.float_class if isinstance(module, ForeignLayer) else type(module)
-    if cls is None and (
-        own.__module__.startswith("flax.") or isinstance(module, nnx.Conv | nnx.ConvTranspose)
-    ):
+    is_flax = own.__module__.startswith("flax.") and own not in (nnx.List, nnx.Dict)
+    if cls is None and (is_flax or isinstance(module, nnx.Conv | nnx.ConvTranspose)):
         return
     for name in _parameters(module):
-        raw = Raw(path, module, name, role_of(name))
+        raw = Raw(path, module, name)
+        raw = dataclasses.replace(raw, role=role_of(raw.label))
         if cls is not None and name == cls.weight_name:  # a subclass with code of its own
             role = "embedding" if cls is QuantEmbed else "dense"
             weight_axes: Any = cls.weight_axes

@@ -130,6 +130,7 @@ def test_two_checkpoints_side_by_side(files):
     assert (files / "layers.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_what_qjax_save_wrote(files):
     """Its architecture and its tokenizer are those of the reference."""
     cfg = qjax.QuantConfig(overrides={"layers/0": {"format": "int8"}}, compute_dtype="float32")

@@ -85,7 +85,11 @@ def tiny(**fields):
     return CausalLM(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("fields", [{}, {"scan_layers": True}], ids=["loop", "scan"])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param({}, marks=pytest.mark.slow), {"scan_layers": True}],
+    ids=["loop", "scan"],
+)
 def test_decoding_reads_what_was_written(fields):
     """Token by token, over the edge of a group, near what the float cache gives."""
     model = tiny(**fields)

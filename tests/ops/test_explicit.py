@@ -1,5 +1,7 @@
 """Quantize, decode and multiply on a mesh with explicit axes: types, bytes and numbers."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,3 +153,11 @@ def test_shards_that_would_split_a_block(mesh, rng):
         quantize((8, 64, 8), None, "t", contract_axes=(0, 1))
     with pytest.raises(ValueError, match=r"axis 1 .* they run over the ends of rows, since .*K=96"):
         quantize((96, 8), None, "t")
+
+
+def test_partial_sums_travel_in_the_dtype_of_x(mesh):
+    # As the float model's: bfloat16 takes half the bytes of a float32 sum.
+    q = qjax.quantize(put(jnp.ones((512, 256), jnp.bfloat16), mesh, "t"))
+    x = put(jnp.ones((8, 512), jnp.bfloat16), mesh, None, "t")
+    jaxpr = str(jax.make_jaxpr(qjax.matmul)(x, q))
+    assert re.search(r":bf16\[8,256\]\S* = psum", jaxpr), jaxpr

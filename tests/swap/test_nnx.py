@@ -11,19 +11,17 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax.nnx import LoraLinear, QuantConv, QuantEinsum, QuantEmbed, QuantLinear, QuantLinearGeneral
+from qjax.nnx import (
+    LoraLinear,
+    QuantConv,
+    QuantEinsum,
+    QuantEmbed,
+    QuantLinear,
+    QuantLinearGeneral,
+    QuantParam,
+)
 
 F32 = qjax.QuantConfig(block_size=32, compute_dtype=jnp.float32)
-
-
-@pytest.fixture(params=["graph", "tree"])
-def mode(request):
-    """Flax's two modes; in tree mode a model is an ordinary pytree."""
-    if request.param == "graph":
-        yield request.param
-        return
-    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        yield request.param
 
 
 class Block(nnx.Module):
@@ -202,6 +200,42 @@ class Stack(nnx.Module):
         return nnx.scan(nnx.remat(step), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.layers, x)
 
 
+class Named(nnx.Module):
+    """Two layers stacked and scanned as an `nnx.StateAxes` says."""
+
+    def __init__(self, axis, axes):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=0, out_axes=nnx.StateAxes({nnx.Param: axis, ...: 0}))
+        def make(rngs):
+            return nnx.Linear(32, 32, rngs=rngs)
+
+        self.layers, self.axes = make(nnx.Rngs(0)), axes
+
+    def __call__(self, x):
+        def step(layer, x):
+            return layer(x)
+
+        return nnx.scan(step, in_axes=(self.axes, nnx.Carry), out_axes=nnx.Carry)(self.layers, x)
+
+
+def test_stacks_whose_axes_are_named_by_type():
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    both = nnx.StateAxes({(nnx.Param, QuantParam): 0, ...: None})
+    model = qjax.quantize_model(Named(0, both), F32)
+    model = qjax.add_lora(model, qjax.LoraConfig(rank=2), rngs=nnx.Rngs(1))
+    decoded = np.float64(model.layers.kernel.q.dequantize())
+    # float32 sums of 32 products, of numbers around 1.
+    np.testing.assert_allclose(model(x), x @ decoded[0] @ decoded[1], rtol=1e-5, atol=1e-5)
+
+    model = qjax.quantize_model(Named(0, nnx.StateAxes({nnx.Param: 0, ...: None})), F32)
+    with pytest.raises(ValueError, match=r"whole stack of weights, \[2\] .*qjax.nnx.QuantParam"):
+        model(x)
+
+    with pytest.warns(UserWarning, match=r"kernel: shape \(32, 2, 32\) .*; stack layers along axi"):
+        model = qjax.quantize_model(Named(1, nnx.StateAxes({nnx.Param: 1, ...: 0})), F32)
+    assert "stack layers along axis 0" in qjax.report(model)["layers/kernel"].note
+
+
 def test_stacked_layers(mode):
     model = Stack(nnx.Rngs(0))
     floats = np.asarray(model.layers.layers[0].kernel[...])
@@ -344,12 +378,6 @@ class TestBadInput:
         message = f"layers/0/kernel must be a floating array, got {jnp.dtype(dtype).name}"
         with pytest.raises(TypeError, match=message):
             qjax.quantize_model(model)
-
-    def test_layers_stacked_elsewhere_are_left_alone(self):
-        layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-        layer.kernel = nnx.Param(jnp.ones((64, 3, 8)))
-        qjax.quantize_model(layer)
-        assert type(layer) is nnx.Linear
 
 
 class TestLora:

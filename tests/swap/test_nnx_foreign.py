@@ -32,16 +32,6 @@ WARNING = r"decode their whole 4-bit weight at each call: layers/0/moe/down, lay
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(params=["graph", "tree"])
-def mode(request):
-    """Flax's two modes."""
-    if request.param == "graph":
-        yield request.param
-        return
-    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
-        yield request.param
-
-
 def quantized(cfg=F32, warning=WARNING):
     with pytest.warns(UserWarning, match=warning):
         return qjax.quantize_model(Model(nnx.Rngs(0)), cfg)
@@ -434,3 +424,70 @@ class TestRegister:
         qjax.register(Project, "matrix", equation="bd,def->bf")
         with pytest.raises(ValueError, match=r"does not fit a weight of shape \(64, 40\)"):
             qjax.quantize_model(Project(nnx.Rngs(0)))
+
+
+class RoutedMoE(nnx.Module):
+    """Experts by the name of their class alone."""
+
+    def __init__(self, rngs):
+        self.wi, self.wo = (
+            nnx.Param(rngs.params.normal(shape)) for shape in [(4, 64, 128), (4, 128, 64)]
+        )
+
+
+def test_the_name_of_a_class_tells_experts():
+    model = nnx.Dict(layer=RoutedMoE(nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match="decode their whole 4-bit weight"):
+        qjax.quantize_model(model)
+    model = qjax.add_lora(model, qjax.LoraConfig(rank=2), rngs=nnx.Rngs(1))
+    for weight, adapter in [("wi", (4, 64, 2)), ("wo", (4, 128, 2))]:
+        q = vars(model.layer)[weight].q
+        assert (q.batch_shape, q.contract_axes) == ((4,), (0,))
+        assert getattr(model.layer, f"{weight}_lora_a").shape == adapter
+
+
+class Containers(nnx.Module):
+    """Raw parameters in Flax's own containers."""
+
+    def __init__(self, rngs):
+        def weight():
+            return nnx.Param(rngs.params.normal((64, 64)) / 8)
+
+        self.layers = nnx.List([weight() for _ in range(11)])
+        self.by_name = nnx.Dict(out=weight(), bias=nnx.Param(jnp.zeros((64,))))
+        self.tables = nnx.List([weight()])
+
+    def __call__(self, x):
+        for w in self.layers:
+            x = jnp.tanh(x @ w[...])
+        return x @ self.by_name["out"] + self.by_name.bias + self.tables[0][jnp.array([3])]
+
+
+def test_parameters_in_lists_and_dicts(tmp_path):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64)), jnp.float32)
+    model = Containers(nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="decode their whole 4-bit weight"):
+        model = qjax.quantize_model(model, F32)
+    notes = {row.path: row for row in qjax.report(model).rows}
+    quantized = {path for path, row in notes.items() if row.format == "nf4"}
+    assert quantized == {*(f"layers/{i}" for i in range(11)), "by_name/out"}
+    y = model(x)
+    np.testing.assert_allclose(y, qjax.dequantize_model(nnx.clone(model))(x), rtol=1e-6, atol=1e-6)
+    model = qjax.add_lora(model, qjax.LoraConfig(rank=2), rngs=nnx.Rngs(1))
+    assert set(model.by_name) == {"out", "bias"} and len(model.layers) == 11
+    np.testing.assert_array_equal(model(x), y)  # B is zero
+
+    @nnx.jit
+    def step(model, optimizer):
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean(), argnums=wrt)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    optimizer = nnx.Optimizer(model, optax.sgd(1e-2), wrt=nnx.LoRAParam)
+    losses = [float(step(model, optimizer)) for _ in range(3)]
+    assert losses[2] < losses[0]
+    qjax.save(tmp_path / "model", model)
+    np.testing.assert_array_equal(qjax.load(tmp_path / "model", like=model)(x), model(x))
+    merged = qjax.merge_lora(model, dtype=jnp.float32)
+    assert type(merged.layers) is nnx.List and type(merged.by_name) is nnx.Dict

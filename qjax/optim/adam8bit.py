@@ -25,7 +25,7 @@ class ScaleByAdam8bitState(NamedTuple):
     Attributes:
         count: int32 [], the updates so far.
         mu, nu: the moments: uint8 codes of the parameter's shape, or float32 where it is small.
-        mu_absmax, nu_absmax: float32 [ceil(size / 256)], or [0] where there are no codes.
+        mu_absmax, nu_absmax: float32 [ceil(size / 256)], or [1], zero, where there are no codes.
     """
 
     count: jax.Array
@@ -130,7 +130,7 @@ def _zeros(p: jax.Array, signed: bool, min_size: int) -> jax.Array:
 
 
 def _zero_absmax(p: jax.Array, min_size: int) -> jax.Array:
-    return jnp.zeros((0 if _is_small(p, min_size) else -(-p.size // _BLOCK),), jnp.float32)
+    return jnp.zeros((1 if _is_small(p, min_size) else -(-p.size // _BLOCK),), jnp.float32)
 
 
 def _decode(moment: jax.Array, absmax: jax.Array, *, signed: bool) -> jax.Array:
@@ -143,7 +143,7 @@ def _decode(moment: jax.Array, absmax: jax.Array, *, signed: bool) -> jax.Array:
 def _encode(x: jax.Array, like: jax.Array, *, signed: bool) -> tuple[jax.Array, jax.Array]:
     """Round to the nearest entry of the table, block by block; not where `like` holds floats."""
     if like.dtype != jnp.uint8:
-        return x, jnp.zeros((0,), jnp.float32)
+        return x, jnp.zeros((1,), jnp.float32)
     table = dynamic_table(signed)
     blocks = _blocks(x)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
