@@ -107,7 +107,7 @@ def test_a_missing_key_is_named(folder):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method=.gptq. is not read"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method=.aqlm. is not read"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
     ],
 )
