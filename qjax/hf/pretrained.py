@@ -61,8 +61,9 @@ def from_pretrained(
     placement = None if mesh is None else Placement(mesh, heads)
     model, plan = skeleton(source, config, dtype, scan_layers)
     console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)
-    for item in track(plan, "Loading", console=console, transient=True, disable=hidden):
+    if progress and console.is_terminal:
+        plan = track(plan, "Loading", console=console, transient=True)
+    for item in plan:
         item.variable.set_value(_read(source, item, placement))
     if source.data is not None:
         model.config_json = json.dumps(source.data)
