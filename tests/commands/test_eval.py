@@ -89,6 +89,7 @@ def test_a_4_bit_checkpoint_against_the_float_one(files):
     assert matplotlib.image.imread(plot).ndim == 3
 
 
+@pytest.mark.slow
 def test_windows_overlap_and_score_each_token_once(files):
     """On the fly to NF4; each window is computed alone here, with the golden models."""
     args = ("eval", files / "float", "--text", files / "text.txt", "--format", "nf4")

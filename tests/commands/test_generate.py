@@ -25,6 +25,7 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_transformers_up_to_its_end(folder):
     ids = reference("llama")["greedy"][0]
     prompt, answer = ids[:24], ids[24:]

@@ -35,6 +35,7 @@ def run(inputs, output, *options):
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.slow
 def test_packed_texts_have_the_loss_that_they_have_alone(tmp_path):
     """Mean over all trained tokens, each text in a row of its own: no text sees another."""
     encoder = Encoder(make_tokenizer(), ChatTemplate(CHATML), 2)

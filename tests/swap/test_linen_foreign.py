@@ -86,6 +86,7 @@ def test_whole_model(scan_axis):
     np.testing.assert_allclose(plain(module, params), want, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_axis", [None, 1])
 def test_twenty_steps_and_back(scan_axis, tmp_path):
     module, params = make(scan_axis)

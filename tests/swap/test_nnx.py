@@ -148,7 +148,16 @@ def test_shared_arrays_stay_shared():
     assert kept.a.kernel is kept.b.kernel
 
 
-def test_floats_are_freed_layer_by_layer(monkeypatch):
+@pytest.fixture
+def quick_collection():
+    """Objects of earlier tests are passed over: a collection of them all takes seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_floats_are_freed_layer_by_layer(monkeypatch, quick_collection):
     """When a layer is being quantized, the float weights of all earlier ones are gone."""
     import qjax.swap.nnx as surgery
 

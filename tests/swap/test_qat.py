@@ -93,6 +93,7 @@ def trained(seed: int, aware: bool) -> float:
     return float(((qjax.quantize_model(model, cfg)(X) - y) ** 2).mean())
 
 
+@pytest.mark.slow
 def test_training_with_rounding_beats_rounding_after_training():
     pairs = [(trained(seed, True), trained(seed, False)) for seed in range(3)]
     assert all(aware < 0.8 * after for aware, after in pairs), pairs
