@@ -18,8 +18,8 @@ from qjax.models.packed_cache import (
     PackedValues,
     check_kv_format,
     place,
+    take_layer,
 )
-from qjax.models.packed_cache import read as read_layer
 
 
 class KVCache(NamedTuple):
@@ -148,4 +148,4 @@ def _read(held, layer) -> jax.Array:
         return _read(held[layer], None)
     if isinstance(held, PackedKeys | PackedValues):
         return held.read(layer)
-    return read_layer(held, layer)
+    return take_layer(held, layer)

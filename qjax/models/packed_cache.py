@@ -93,7 +93,7 @@ class PackedKeys:
         inside = fresh or tokens == 1
         touched = -(-(tokens if inside else tokens + GROUP - 1) // GROUP)
         first, offset = start // GROUP, start % GROUP
-        recent = read(self.recent, layer)
+        recent = take_layer(self.recent, layer)
         new = new.astype(recent.dtype)
         # What is not written yet gets the last key, which widens no channel's range.
         buffer = jnp.repeat(new[:, :, -1:], touched * GROUP, axis=2)
@@ -112,7 +112,7 @@ class PackedKeys:
 
     def read(self, layer) -> jax.Array:
         """Return a layer's [B, heads, slots, head_dim] in float32, slots up to a whole group."""
-        whole = jax.tree.map(lambda held: read(held, layer), self.packed).decode(self.bits)
+        whole = jax.tree.map(lambda held: take_layer(held, layer), self.packed).decode(self.bits)
         return whole.reshape(*whole.shape[:2], -1, whole.shape[-1])
 
 
@@ -145,7 +145,7 @@ class PackedValues:
 
     def read(self, layer) -> jax.Array:
         """Return a layer's [B, heads, slots, head_dim] in float32."""
-        whole = jax.tree.map(lambda held: read(held, layer), self.packed).decode(self.bits)
+        whole = jax.tree.map(lambda held: take_layer(held, layer), self.packed).decode(self.bits)
         return whole.reshape(*whole.shape[:3], -1)
 
 
@@ -182,7 +182,7 @@ def place(held: jax.Array, layer, new: jax.Array, index, *, may_end_behind: bool
     return jax.lax.dynamic_update_slice(held, new.astype(held.dtype), starts)
 
 
-def read(held: jax.Array, layer) -> jax.Array:
+def take_layer(held: jax.Array, layer) -> jax.Array:
     """Return the array, or the layer of those that it stacks."""
     if layer is None:
         return held
