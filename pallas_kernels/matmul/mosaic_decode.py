@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels import mosaic_memory as mem
+from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import PANEL, DecodeTiles
 from pallas_kernels.matmul.mosaic_panels import CHUNK, CHUNKS, ROWS, PanelLayout, TensorPanels
 from pallas_kernels.matmul.problem import Operands, Problem
@@ -44,7 +46,7 @@ class Layout:
             | self.panel.barriers()
             | {
                 "x": plgpu.SMEM((x_size,), jnp.int32),
-                "table": plgpu.SMEM((mg.PAIR_TABLE_WORDS,), jnp.int32),
+                "table": plgpu.SMEM((pair_table.WORDS,), jnp.int32),
                 "partials": plgpu.SMEM((2 * tiles.warps * self.partial,), jnp.float32),
             }
         )
@@ -63,12 +65,12 @@ class _Block:
         self.count = (mg.Int(layout.tiles + layout.groups - 1) - self.first_tile) // layout.groups
         self.first_panel = slab * layout.panels // tiles.slabs
         self.slab_panels = (slab + 1) * layout.panels // tiles.slabs - self.first_panel
-        self.out = mg.global_address(out) + slab.wide() * (4 * problem.m * problem.n)
-        self.x, self.codebook = mg.global_address(refs.x), mg.global_address(refs.codebook)
+        self.out = mem.global_address(out) + slab.wide() * (4 * problem.m * problem.n)
+        self.x, self.codebook = mem.global_address(refs.x), mem.global_address(refs.codebook)
         self.together = tiles.together and layout.steps == 1
-        self.table = mg.shared_address(scratch["table"])
-        self.partials = mg.shared_address(scratch["partials"])
-        self.x_rows = mg.shared_address(scratch["x"])
+        self.table = mem.shared_address(scratch["table"])
+        self.partials = mem.shared_address(scratch["partials"])
+        self.x_rows = mem.shared_address(scratch["x"])
 
     def unit(self, i: mg.Int, step: int) -> mg.Int:
         """The number of this warp's panel of tile i among all that it takes."""
@@ -113,7 +115,7 @@ class _Block:
         for (row, k), (valid, words) in zip(self.x_places(), parts):
             with mg.when(row < self.problem.m):
                 words = [mg.select(valid, word, 0) for word in words]
-                mg.store_words(self.x_rows + row * self.layout.x_row + (k << 1), words)
+                mem.store_words(self.x_rows + row * self.layout.x_row + (k << 1), words)
 
     def x_places(self) -> list[tuple[mg.Int, mg.Int]]:
         """(row, k) of each 8 elements that this thread brings; rows may lie past the end."""
@@ -128,7 +130,7 @@ class _Block:
         valid = mg.both(row < self.problem.m, place < self.problem.k)
         valid = mg.both(valid, k < self.slab_panels * PANEL)
         offset = mg.select(valid, row * self.problem.k + place, 0)
-        return valid, mg.load_words(self.x + (offset << 1).wide())
+        return valid, mem.load_words(self.x + (offset << 1).wide())
 
     def fragment(self, x: list, step: int, chunk: int, column: int) -> list[mg.Int]:
         """4 words of x for an mma: from registers, or from shared memory when `x` is empty."""
@@ -136,7 +138,7 @@ class _Block:
             return x[(step * self.layout.columns + column) * CHUNKS + chunk]
         row = (self.group + 8 * column).at_most(self.problem.m - 1)  # past the end any will do
         k = self.panel(step) * PANEL + (self.quad << 3) + chunk * CHUNK
-        return mg.load_words(self.x_rows + row * self.layout.x_row + (k << 1))
+        return mem.load_words(self.x_rows + row * self.layout.x_row + (k << 1))
 
     # Products
 
@@ -173,7 +175,7 @@ class _Block:
 
     def multiply_chunk(self, words: tuple, b: list[list[mg.Int]], part: list[list]) -> None:
         """Add the products of 32 k to `part`."""
-        top, bottom = (mg.decode_word(word, self.table, self.lane << 2) for word in words)
+        top, bottom = (pair_table.decode_word(word, self.table, self.lane << 2) for word in words)
         for half in (0, 2):
             a = [top[half], bottom[half], top[half + 1], bottom[half + 1]]
             for total, fragment in zip(part, b):
@@ -186,7 +188,7 @@ class _Block:
         for column, values in enumerate(acc):
             for r, value in enumerate(values):
                 offset = (8 * column + r % 2) * COLUMN + 8 * (r // 2)
-                mg.store(base + 4 * offset, value)
+                mem.store(base + 4 * offset, value)
 
     def reduce(self, i: mg.Int) -> None:
         """One warpgroup sums the warps' partials of tile i in order and writes the result."""
@@ -202,21 +204,21 @@ class _Block:
         stride = 4 * self.layout.partial
         base = self.partials + (i & 1) * (self.tiles.warps * stride)
         base = base + ((column * COLUMN + tile_row) << 2)
-        values = [mg.load_float(base + warp * stride) for warp in range(self.tiles.warps)]
+        values = [mem.load_float(base + warp * stride) for warp in range(self.tiles.warps)]
         place = (column * self.problem.n + row).wide()
         dtype = self.problem.dtype if self.tiles.slabs == 1 else jnp.float32
         value = mg.round_to(mg.tree_sum(values), dtype)
-        mg.store(self.out + place * jnp.dtype(dtype).itemsize, value)
+        mem.store(self.out + place * jnp.dtype(dtype).itemsize, value)
 
     def run(self) -> None:
         warps = self.tiles.warps
         # Memory answers in order: what is needed first must be asked for first.
-        code = mg.load_code(self.codebook)
+        code = pair_table.load_code(self.codebook)
         scale_table = self.ring.scales.load_table() if self.problem.double else []
         x = self.load_x_rows() if self.tiles.shared_x else self.load_x()
         self.ring.initialize()
         self.copy_panel(mg.Int(0), 0)
-        mg.build_pair_table(self.table, code, self.problem.dtype, warps)
+        pair_table.build(self.table, code, self.problem.dtype, warps)
         for unit in range(1, self.tiles.stages):  # when all warps have asked for their first
             i, step = divmod(unit, self.layout.steps)
             self.copy_panel(mg.Int(i), step)

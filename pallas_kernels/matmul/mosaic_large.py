@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels import mosaic_memory as mem
 from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded_time, large_time
 from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Lane, Rows, code_planes
 from pallas_kernels.matmul.problem import Operands, Problem, describe
@@ -141,16 +142,16 @@ class _Block:
         # Later numbers are for earlier work: the head of a tile waits for the clusters of its tail.
         self.cluster = mg.Int(layout.clusters - 1) - mg.block_index() // CLUSTER
         self.first, self.end = layout.begin(self.cluster), layout.begin(self.cluster + 1)
-        self.out = mg.global_address(out)
+        self.out = mem.global_address(out)
         if layout.splits:
-            self.sums, self.flags = mg.global_address(sums), mg.global_address(flags)
+            self.sums, self.flags = mem.global_address(sums), mem.global_address(flags)
         self.scratch = scratch
         self.x, self.packed, self.scales, self.staging, self.table = (
-            mg.shared_address(scratch[name])
+            mem.shared_address(scratch[name])
             for name in ("x", "packed", "scales", "staging", "table")
         )
         slots = self.tiles.slots
-        self.barriers = mg.Barriers(scratch["barriers"], 2 * slots)
+        self.barriers = mem.Barriers(scratch["barriers"], 2 * slots)
 
     # Slots: step p of a block's share; the first barriers are for full slots, the others for free.
 
@@ -185,11 +186,11 @@ class _Block:
         thread, count = self.thread - MULTIPLYING, self.end - self.first << 1
         layer = mg.Int(0)
         if self.problem.stacked:
-            layer = mg.load_word(mg.global_address(self.refs.layer))
-        bases = [mg.global_address(ref) for ref in self.refs.scales]
+            layer = mem.load_word(mem.global_address(self.refs.layer))
+        bases = [mem.global_address(ref) for ref in self.refs.scales]
         offset = None
         if self.problem.double:
-            offset = mg.load_float(bases[2] + (layer << 2).wide())
+            offset = mem.load_float(bases[2] + (layer << 2).wide())
 
         def copy_tiles(p: mg.Int) -> None:
             with mg.when(thread.equals(0)):
@@ -235,20 +236,20 @@ class _Block:
         output0, row0, step = self.place(p)
         slot = p % self.tiles.slots
         start, barrier = [row0, step * STEP], self.barriers.reference(slot)
-        target, shape = mg.element(self.scratch["x"], slot), (self.tiles.rows, STEP)
-        mg.copy_tensor(self.context, self.refs.x, target, start, shape, barrier, 128, shared=True)
+        target, shape = mem.element(self.scratch["x"], slot), (self.tiles.rows, STEP)
+        mem.copy_tensor(self.context, self.refs.x, target, start, shape, barrier, 128, shared=True)
         start = [layer] if self.problem.stacked else []
         start += self.left.origin(output0, step)
-        target, shape = mg.element(self.scratch["packed"], slot), self.left.box
+        target, shape = mem.element(self.scratch["packed"], slot), self.left.box
         swizzle = self.left.swizzle
-        mg.copy_tensor(self.context, self.refs.packed, target, start, shape, barrier, swizzle)
+        mem.copy_tensor(self.context, self.refs.packed, target, start, shape, barrier, swizzle)
 
     # Multiplying
 
     def multiply(self) -> None:
         units = self.layout.units
         self.at = Lane(self.thread)
-        codebook = mg.global_address(self.refs.codebook)
+        codebook = mem.global_address(self.refs.codebook)
         self.planes = code_planes(codebook, self.problem.dtype)
         first_tile = self.first // units
         count = (self.end - 1) // units - first_tile + 1
@@ -328,11 +329,11 @@ class _Block:
             self.sync_warpgroup()
             for start in range(0, 64, 16):
                 line = (thread >> 3) + start
-                words = mg.load_words(staging + (line << 7) + ((chunk ^ (line & 7)) << 4))
+                words = mem.load_words(staging + (line << 7) + ((chunk ^ (line & 7)) << 4))
                 line = row0 + first + line
                 with mg.when(mg.both(line < self.problem.m, column < outputs)):
                     place = line.wide() * outputs + column.wide()
-                    mg.store_words(self.out + (place << 1), words)
+                    mem.store_words(self.out + (place << 1), words)
 
     def sums_of(self, cluster: mg.Int) -> tuple[list[mg.Int], mg.Int]:
         """Where this thread's part of a cluster's sum is, 4 floats at a time, and its flag."""
@@ -346,18 +347,18 @@ class _Block:
         """Leave the sum of a tile's tail to the cluster that has its head."""
         places, flag = self.sums_of(self.cluster)
         for i, place in enumerate(places):
-            mg.store_floats(place, acc[4 * i : 4 * i + 4])
+            mem.store_floats(place, acc[4 * i : 4 * i + 4])
         self.sync_warpgroup()
         with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
-            mg.signal(flag)
+            mem.signal(flag)
 
     def add_sum(self, acc: list, cluster: mg.Int) -> list:
         """Add what another cluster has left."""
         places, flag = self.sums_of(cluster)
         with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
-            mg.await_signal(flag)
+            mem.await_signal(flag)
         self.sync_warpgroup()
-        others = [value for place in places for value in mg.load_floats(place, 4)]
+        others = [value for place in places for value in mem.load_floats(place, 4)]
         return [mg.add(a, b) for a, b in zip(acc, others, strict=True)]
 
     def sync_warpgroup(self) -> None:
@@ -376,13 +377,13 @@ class _Block:
         mg.sync_cluster()
 
     def copy_table(self) -> None:
-        source = mg.global_address(self.refs.scales[3])
+        source = mem.global_address(self.refs.scales[3])
         if self.problem.stacked_table:
-            layer = mg.load_word(mg.global_address(self.refs.layer))
+            layer = mem.load_word(mem.global_address(self.refs.layer))
             source = source + layer.wide() * (4 * TABLE)
         with mg.when(self.thread < TABLE):
             place = self.thread << 2
-            mg.store(self.table + place, mg.load_float(source + place.wide()))
+            mem.store(self.table + place, mem.load_float(source + place.wide()))
 
     def roles(self) -> list[tuple]:
         """Which threads, their registers and what they do; side by side."""

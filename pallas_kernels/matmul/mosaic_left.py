@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import jax
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels import mosaic_memory as mem
+from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
@@ -27,7 +29,7 @@ def code_planes(codebook: mg.Int, dtype: jax.typing.DTypeLike) -> list[mg.Int]:
     """The 16 codes of a codebook in device memory: 4 words of high bytes, 4 of low bytes."""
     # From the half of the warp that a lane is in: what ptxas knows to be the same in all lanes, it
     # keeps in uniform registers, to move at each use.
-    code, half = mg.load_code(codebook), mg.thread_index() & 16
+    code, half = pair_table.load_code(codebook), mg.thread_index() & 16
     codes = [mg.shuffle(code, half + i) for i in range(16)]
     pairs = [mg.pack_pair(*codes[i : i + 2], dtype) for i in range(0, 16, 2)]
     return [
@@ -95,14 +97,14 @@ class _Left:
             block = (column // problem.block_size).at_most(problem.blocks - 1)
             flat = (layer.wide() * problem.n + row.wide()) * problem.blocks + block.wide()
             if not problem.double:
-                out.append(mg.load_float(bases[0] + (flat << 2)))
+                out.append(mem.load_float(bases[0] + (flat << 2)))
                 continue
             _, absmax, _, _, origin = bases
-            position = (row + mg.load_word(origin)) * problem.pitch
-            position = position + mg.load_word(origin + 4) + block
+            position = (row + mem.load_word(origin)) * problem.pitch
+            position = position + mem.load_word(origin + 4) + block
             group = layer * problem.groups + position // SECOND_LEVEL_BLOCK
-            out.append(mg.load_byte(bases[0] + flat).value)
-            out.append(mg.load_float(absmax + (group << 2).wide()))
+            out.append(mem.load_byte(bases[0] + flat).value)
+            out.append(mem.load_float(absmax + (group << 2).wide()))
         return out
 
     def decode_scales(self, raw: list, table: mg.Int, offset) -> list:
@@ -110,7 +112,7 @@ class _Left:
         if not self.problem.double:
             return raw
         return [
-            mg.mul_then_add(mg.load_float(table + (mg.Int(code) << 2)), absmax, offset)
+            mg.mul_then_add(mem.load_float(table + (mg.Int(code) << 2)), absmax, offset)
             for code, absmax in zip(raw[0::2], raw[1::2], strict=True)
         ]
 
@@ -137,7 +139,7 @@ class Rows(_Left):
         ]
 
     def store_scale(self, address: mg.Int, scale) -> None:
-        mg.store(address, mg.pack_pair(scale, scale, self.problem.dtype))
+        mem.store(address, mg.pack_pair(scale, scale, self.problem.dtype))
 
     def words(self, at: Lane, packed: mg.Int, scales: mg.Int, planes: list[mg.Int]):
         """The operand of a step: 4 words for each 16 k."""
@@ -146,15 +148,15 @@ class Rows(_Left):
         rows = []
         for start in (packed, packed + 8 * 32):
             chunks = [
-                mg.load_words(start + (twist << 4)),
-                mg.load_words(start + ((twist ^ 1) << 4)),
+                mem.load_words(start + (twist << 4)),
+                mem.load_words(start + ((twist ^ 1) << 4)),
             ]
             rows.append(chunks[0] + chunks[1])
         upper, lower = rows
         scales = scales + (row << 2)
         starts = range(0, 4 * self.scale_words, 4 * OUTPUTS)
         pairs = [
-            [mg.load_word(scales + start + 32 * half) for half in range(2)] for start in starts
+            [mem.load_word(scales + start + 32 * half) for half in range(2)] for start in starts
         ]
         own_bytes = at.quad * 0x11 + 0x40  # byte q of two words
         a = []
@@ -178,7 +180,7 @@ class Rows(_Left):
             words = [
                 mg.pack_pair(values[i], values[i + 1], self.problem.dtype) for i in (0, 2, 4, 6)
             ]
-            mg.store_matrices_transposed(base + column // 8 * 1024, words)
+            mem.store_matrices_transposed(base + column // 8 * 1024, words)
 
 
 class Columns(_Left):
@@ -210,17 +212,17 @@ class Columns(_Left):
         return out
 
     def store_scale(self, address: mg.Int, scale) -> None:
-        mg.store(address, mg.round_to(scale, self.problem.dtype))
+        mem.store(address, mg.round_to(scale, self.problem.dtype))
 
     def words(self, at: Lane, packed: mg.Int, scales: mg.Int, planes: list[mg.Int]):
         """The operand of a step: 4 words for each 16 n."""
         chunk = (at.warpgroup << 1) + (at.warp >> 1)
         packed = packed + (at.lane << 6) + ((chunk ^ (at.lane >> 1 & 3)) << 4)
-        pairs = mg.load_matrices_transposed(packed)
-        pairs += mg.load_matrices_transposed(packed + 32 * 64)
+        pairs = mem.load_matrices_transposed(packed)
+        pairs += mem.load_matrices_transposed(packed + 32 * 64)
         block = at.warpgroup if self.span == STEP else chunk
         scales = scales + (block << 7) + (at.quad << 5)
-        scales = mg.load_words(scales) + mg.load_words(scales + 16)
+        scales = mem.load_words(scales) + mem.load_words(scales + 16)
         own_bytes = (at.warp & 1) * 0x1111 + 0x6420
         a = []
         for i in range(0, 8, 2):
@@ -239,4 +241,4 @@ class Columns(_Left):
             for i in range(2):
                 line = (at.quad << 1) + i
                 target = staging + (line << 7) + ((chunk ^ line) << 4) + place + 128 * column
-                mg.store(target, mg.pack_pair(values[i], values[i + 2], self.problem.dtype))
+                mem.store(target, mg.pack_pair(values[i], values[i + 2], self.problem.dtype))

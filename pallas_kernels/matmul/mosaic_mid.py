@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels import mosaic_memory as mem
+from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import MID_ROWS as ROWS
 from pallas_kernels.matmul.config import PANEL, MidTiles
 from pallas_kernels.matmul.mosaic_panels import CHUNK, LanePanels, PanelLayout
@@ -44,7 +46,7 @@ class Layout:
         ring = 2 * tiles.x_stages * self.x_part // 4
         return self.panel.scratch() | {
             "x": plgpu.SMEM((max(ring, 2 * self.out_columns * OUT_PITCH),), jnp.int32),
-            "table": plgpu.SMEM((mg.PAIR_TABLE_WORDS,), jnp.int32),
+            "table": plgpu.SMEM((pair_table.WORDS,), jnp.int32),
             "x_barriers": plgpu.SMEM((2 * 4 * tiles.x_stages,), jnp.int32),
         }
 
@@ -64,14 +66,14 @@ class _Block:
         first, end = (s * layout.panels // tiles.slabs for s in (slab, slab + 1))
         self.first_panel = first + self.team
         self.count = (end - first + 1 - self.team) >> 1  # panels of the team
-        self.out = mg.global_address(out) + slab.wide() * (4 * problem.m * problem.n)
-        self.x, self.codebook = mg.global_address(refs.x), mg.global_address(refs.codebook)
-        self.table, x_ring = mg.shared_address(scratch["table"]), mg.shared_address(scratch["x"])
+        self.out = mem.global_address(out) + slab.wide() * (4 * problem.m * problem.n)
+        self.x, self.codebook = mem.global_address(refs.x), mem.global_address(refs.codebook)
+        self.table, x_ring = mem.shared_address(scratch["table"]), mem.shared_address(scratch["x"])
         self.out_stage = x_ring
         self.x_ring = x_ring + self.team * (tiles.x_stages * layout.x_part)
         # The team's: of each part of x when it is full, then when it is empty.
         count = 2 * tiles.x_stages
-        self.barriers = mg.Barriers(scratch["x_barriers"], count, self.team * count)
+        self.barriers = mem.Barriers(scratch["x_barriers"], count, self.team * count)
 
     # Copies
 
@@ -92,7 +94,7 @@ class _Block:
         source = self.x + place.wide() * self.layout.x_part
         self.barriers.expect(slot, size)
         target = self.x_ring + slot * self.layout.x_part
-        mg.copy_bulk(target, source, size, self.barriers.address(slot))
+        mem.copy_bulk(target, source, size, self.barriers.address(slot))
 
     def leave(self, part: mg.Int) -> None:
         """Leave a part of x; a warp in turn refills the place of one that all have left.
@@ -147,7 +149,7 @@ class _Block:
         return a
 
     def decode(self, word: mg.Int, scale: mg.Int) -> list[mg.Int]:
-        pairs = mg.decode_word(word, self.table, self.lane << 2)
+        pairs = pair_table.decode_word(word, self.table, self.lane << 2)
         return [mg.mul_pairs(pair, scale, self.problem.dtype) for pair in pairs]
 
     def start_part(self, part: mg.Int, k: int, a: list[mg.Int], acc: list) -> list:
@@ -171,7 +173,7 @@ class _Block:
             for column in range(first, min(first + width, self.layout.columns), 8):
                 for r in range(4):
                     place = (column - first + r % 2) * OUT_PITCH + 8 * (r // 2)
-                    mg.store(base + 4 * place, acc[column // 2 + r])
+                    mem.store(base + 4 * place, acc[column // 2 + r])
             mg.sync_block()
             self.store_columns(first, min(width, self.problem.m - first))
 
@@ -184,14 +186,14 @@ class _Block:
             with mg.when(mg.both(row < self.problem.n, column < count)):
                 address = self.out_stage + (column * OUT_PITCH + tile_row << 2)
                 other = address + 4 * self.layout.out_columns * OUT_PITCH
-                value = mg.add(mg.load_float(address), mg.load_float(other))
+                value = mg.add(mem.load_float(address), mem.load_float(other))
                 place = ((column + first) * self.problem.n + row).wide()
                 target = self.out + place * jnp.dtype(dtype).itemsize
-                mg.store(target, mg.round_to(value, dtype))
+                mem.store(target, mg.round_to(value, dtype))
 
     def run(self) -> None:
         # Memory answers in order: what is needed first must be asked for first.
-        code = mg.load_code(self.codebook)
+        code = pair_table.load_code(self.codebook)
         table = self.ring.scales.load_table() if self.problem.double else []
         stages = self.tiles.x_stages
         with mg.when(mg.both((self.warp % TEAM).equals(0), self.lane.equals(0))):
@@ -201,7 +203,7 @@ class _Block:
                     self.copy_x(mg.Int(part))
         mg.sync_warp()
         self.copy_panel(mg.Int(0))
-        mg.build_pair_table(self.table, code, self.problem.dtype, WARPS)
+        pair_table.build(self.table, code, self.problem.dtype, WARPS)
         with mg.when(mg.both((self.warp % TEAM).equals(0), self.lane.equals(0))):
             for part in range(self.layout.parts, stages):
                 with mg.when(mg.Int(part) < self.count * self.layout.parts):

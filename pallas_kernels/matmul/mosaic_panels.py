@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels import mosaic_memory as mem
 from pallas_kernels.matmul.config import PANEL
 from pallas_kernels.matmul.mosaic_warp_scales import TABLE_BYTES, ScaleLayout, WarpScales
 from pallas_kernels.matmul.problem import Operands, Problem
@@ -66,12 +67,12 @@ class PanelRing:
         self.source, self.packed = refs.packed, scratch["packed"]
         self.layer = mg.Int(0)
         if self.problem.stacked:
-            self.layer = mg.load_word(mg.global_address(refs.layer))
+            self.layer = mem.load_word(mem.global_address(refs.layer))
         warp, self.lane = mg.warp_and_lane(mg.thread_index())
         self.warp = mg.uniform(warp)
         self.first = self.warp * layout.depth  # of the warp's places among those of all
         self.scales = WarpScales(layout.scales, list(refs.scales), self.layer)
-        address = {name: mg.shared_address(ref) for name, ref in scratch.items()}
+        address = {name: mem.shared_address(ref) for name, ref in scratch.items()}
         self.base = address["packed"]
         ring = address["scales"] + self.first * layout.scales.size
         shared = []
@@ -93,7 +94,7 @@ class PanelRing:
         lane = (row << 7) + (((row & 7) ^ odd) << 4)
         words = []
         for chunk in range(first, first + count, 2):
-            four = mg.load_matrices(self.place(slot) + (lane ^ (chunk << 4)))
+            four = mem.load_matrices(self.place(slot) + (lane ^ (chunk << 4)))
             words += [(four[0], four[1]), (four[2], four[3])]
         return words
 
@@ -108,7 +109,7 @@ class TensorPanels(PanelRing):
     def __init__(self, context, layout: PanelLayout, refs: Operands, scratch: dict):
         super().__init__(layout, refs, scratch)
         self.context = context
-        self.barriers = mg.Barriers(scratch["barriers"], layout.depth, self.first)
+        self.barriers = mem.Barriers(scratch["barriers"], layout.depth, self.first)
 
     def initialize(self) -> None:
         """Make the warp's barriers."""
@@ -125,9 +126,9 @@ class TensorPanels(PanelRing):
         with mg.when(mg.both(first_lane, panel < last + 1)):
             start = [self.layer] if self.problem.stacked else []
             start += [row, panel * PANEL_BYTES]
-            target = mg.element(self.packed, self.first + slot)
+            target = mem.element(self.packed, self.first + slot)
             box = start, (ROWS, PANEL_BYTES), self.barriers.reference(slot), SWIZZLE
-            mg.copy_tensor(self.context, self.source, target, *box)
+            mem.copy_tensor(self.context, self.source, target, *box)
         with mg.when(mg.both(first_lane, last < panel)):
             self.barriers.arrive(slot)
 
@@ -149,7 +150,7 @@ class LanePanels(PanelRing):
     def _copy(self, slot: mg.Int, row: mg.Int, panel: mg.Int) -> None:
         """16 bytes a lane: 4 rows of 8 chunks at a time."""
         rows, pitch = self.problem.n, self.problem.k // 2
-        source = mg.global_address(self.source) + self.layer.wide() * (rows * pitch)
+        source = mem.global_address(self.source) + self.layer.wide() * (rows * pitch)
         chunk = self.lane & 7
         # Past the last row or the end of K any bytes will do: nobody stores those, and x is 0.
         column = (panel * PANEL_BYTES + (chunk << 4)).at_most(pitch - 16)
@@ -157,4 +158,4 @@ class LanePanels(PanelRing):
             tile_row = (self.lane >> 3) + first
             target = self.place(slot) + (tile_row << 7) + ((chunk ^ (tile_row & 7)) << 4)
             start = (row + tile_row).at_most(rows - 1).wide() * pitch + column.wide()
-            mg.copy_async(target, source + start, 16, keep=False)
+            mem.copy_async(target, source + start, 16, keep=False)

@@ -9,6 +9,7 @@ the warp decodes each scale once and shares it through shared memory.
 import dataclasses
 
 from pallas_kernels import mosaic as mg
+from pallas_kernels import mosaic_memory as mem
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
@@ -72,14 +73,14 @@ class WarpScales:
         self.layout, self.problem = layout, layout.problem
         self.lane = mg.thread_index() & 31
         self.rows = [self.lane >> 2, (self.lane >> 2) + 8]
-        bases = [mg.global_address(ref) for ref in refs]
+        bases = [mem.global_address(ref) for ref in refs]
         self.source = bases[0]
         self.first = layer * (self.problem.n * self.problem.blocks)  # scale of this slice
         if self.problem.double:
             _, absmax, offset, self.table_source, origin = bases
             self.absmax = absmax + layer.wide() * (4 * self.problem.groups)
-            self.offset = mg.load_float(offset + (layer << 2).wide())
-            self.row0, self.block0 = mg.load_word(origin), mg.load_word(origin + 4)
+            self.offset = mem.load_float(offset + (layer << 2).wide())
+            self.row0, self.block0 = mem.load_word(origin), mem.load_word(origin + 4)
             if self.problem.stacked_table:
                 self.table_source = self.table_source + layer.wide() * TABLE_BYTES
 
@@ -92,12 +93,12 @@ class WarpScales:
     def load_table(self) -> list[mg.Int]:
         """A warp's share of the table, for `store_table`; loaded early, stored late."""
         places = range(0, TABLE_BYTES // 4, mg.WARP)
-        return [mg.load_word(self.table_source + ((self.lane + p) << 2).wide()) for p in places]
+        return [mem.load_word(self.table_source + ((self.lane + p) << 2).wide()) for p in places]
 
     def store_table(self, words: list[mg.Int]) -> None:
         """By one warp: the table to shared memory."""
         for i, word in enumerate(words):
-            mg.store(self.table + ((self.lane + i * mg.WARP) << 2), word)
+            mem.store(self.table + ((self.lane + i * mg.WARP) << 2), word)
 
     # Copies
 
@@ -121,14 +122,14 @@ class WarpScales:
 
     def commit(self) -> None:
         """End a unit's copies; for each unit, also where there is nothing to copy."""
-        mg.commit_copies()
+        mem.commit_copies()
 
     def _copy(self, target: mg.Int, parts: int, size: int, source) -> None:
         """Copy `parts` parts of `size` bytes for each row, a lane for each."""
         for first in range(0, ROWS * parts, mg.WARP):
             index = self.lane + first
             with mg.when(index < ROWS * parts):
-                mg.copy_async(target + index * size, source(index // parts, index % parts), size)
+                mem.copy_async(target + index * size, source(index // parts, index % parts), size)
 
     def _scale(self, row: mg.Int) -> mg.Int:
         """The first scale of a row of the weight, in its array; the last row again past the end."""
@@ -153,7 +154,7 @@ class WarpScales:
 
     def load(self, slot: mg.Int, row: mg.Int, column: mg.Int) -> list:
         """Wait for a unit, and start what `decode` finishes."""
-        mg.wait_copies(self.depth - 1)
+        mem.wait_copies(self.depth - 1)
         mg.sync_warp()
         if not self.problem.double:
             return []
@@ -167,10 +168,10 @@ class WarpScales:
     def decode(self, raw: list) -> None:
         """Decode double-quantized scales, for `read`."""
         for index, (code, absmax) in raw:
-            entry = mg.load_float(self.table + (code << 2))
+            entry = mem.load_float(self.table + (code << 2))
             # Bit for bit as `decode_scales` gives it.
             scale = mg.mul_then_add(entry, absmax, self.offset)
-            mg.store(self.decoded + (index << 2), scale)
+            mem.store(self.decoded + (index << 2), scale)
         if raw:
             mg.sync_warp()
 
@@ -178,7 +179,7 @@ class WarpScales:
         """Scales of the mma rows of this lane, lane // 4 and that + 8, from a column on."""
         base = self.decoded if self.problem.double else self.unit(slot)
         rows = [base + (row * (4 * self.layout.columns) + 4 * first) for row in self.rows]
-        return [mg.load_floats(row, count) for row in rows]
+        return [mem.load_floats(row, count) for row in rows]
 
     def unit(self, slot: mg.Int) -> mg.Int:
         """A place in the ring."""
@@ -187,8 +188,8 @@ class WarpScales:
     def _load_raw(self, unit, row, first, tile_row, i) -> tuple[mg.Int, mg.Value]:
         """Code and second-level value of scale i of a row of the unit."""
         byte = (self._scale(row + tile_row) + first & 3) + i
-        code = mg.load_byte(unit + tile_row * (4 * self.layout.words) + byte)
+        code = mem.load_byte(unit + tile_row * (4 * self.layout.words) + byte)
         row = row + tile_row
         group = self._group(row, first + i) - self._group(row, first)
         groups = unit + 4 * ROWS * self.layout.words
-        return code, mg.load_float(groups + (tile_row * self.layout.groups + group << 2))
+        return code, mem.load_float(groups + (tile_row * self.layout.groups + group << 2))

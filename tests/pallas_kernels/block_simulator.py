@@ -1,12 +1,12 @@
 """Runs the bodies of the Mosaic matmul kernels on the CPU, all threads of a block in step.
 
-It replaces the primitives of `pallas_kernels.mosaic` by numpy: a register is an array with an
-element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and bytes; a wait
-for a phase that is not complete is an error, as are accesses out of bounds and, when a block ends,
-a copy that nobody has waited for. Small asynchronous copies arrive when they are waited for. Shared
-memory and the output start as NaN. It shows wrong addresses, layouts and counts; it does not show
-races. Where a kernel's threads have roles, each role runs by itself, and its waits last until
-others act.
+It replaces the primitives of `pallas_kernels.mosaic` and `mosaic_memory` by numpy: a register is an
+array with an element a thread, `when` a mask, a copy happens at once. Barriers count arrivals and
+bytes; a wait for a phase that is not complete is an error, as are accesses out of bounds and, when
+a block ends, a copy that nobody has waited for. Small asynchronous copies arrive when they are
+waited for. Shared memory and the output start as NaN. It shows wrong addresses, layouts and counts;
+it does not show races. Where a kernel's threads have roles, each role runs by itself, and its waits
+last until others act.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import threading
 
 import numpy as np
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, mosaic_memory
 
 SHARED, WARP = 1 << 18, 32
 
@@ -218,7 +218,7 @@ class Phase:
 
 
 class Barriers:
-    """Stands for `mosaic.Barriers`."""
+    """Stands for `mosaic_memory.Barriers`."""
 
     def __init__(self, ref, count, first=None):
         first = Register(0) if first is None else first
@@ -551,7 +551,8 @@ def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_bl
     global machine
     machine = Machine(threads)
     for name, value in PRIMITIVES.items():
-        monkeypatch.setattr(mosaic, name, value, raising=False)
+        module = mosaic if hasattr(mosaic, name) else mosaic_memory
+        monkeypatch.setattr(module, name, value)
     references = operands._replace(
         **{f: machine.allocate_global(getattr(operands, f)) for f in ("x", "packed", "codebook")},
         layer=machine.allocate_global(operands.layer),
