@@ -118,8 +118,8 @@ def await_signal(address: mg.Int) -> None:
     text = (
         "{ .reg .pred zero; .reg .b32 seen;\n"
         "again: ld.acquire.gpu.global.b32 seen, [$0];\n"
-        "setp.eq.b32 mg.zero, seen, 0;\n"
-        "@mg.zero bra again; }"
+        "setp.eq.b32 zero, seen, 0;\n"
+        "@zero bra again; }"
     )
     mg.asm(None, [address], text, "l,~{memory}", effects=True)
 
