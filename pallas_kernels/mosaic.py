@@ -102,6 +102,11 @@ def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
     return Int(arith.select(condition, yes.value, no.value))
 
 
+def select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    """The float `yes` where the condition holds, else `no`."""
+    return arith.select(condition, yes, no)
+
+
 def both(a: ir.Value, b: ir.Value) -> ir.Value:
     """Whether two conditions hold."""
     return arith.andi(a, b)
@@ -133,6 +138,11 @@ def loop(stop: Int, carry: Sequence[ir.Value], body: Callable) -> list[ir.Value]
 def and_or(a: Int, b: Int, c: Int) -> Int:
     """(a & b) | c in one instruction; plain operators become two when an addition follows."""
     return Int(asm(i32(), [a, b, c], "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r"))
+
+
+def rotate_right(word: Int, bits: Int) -> Int:
+    """Turn a word by a number of bits, taken modulo 32."""
+    return Int(asm(i32(), [word, bits], "shf.r.wrap.b32 $0, $1, $1, $2;", "=r,r,r"))
 
 
 def sync_block() -> None:

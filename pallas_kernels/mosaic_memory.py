@@ -14,6 +14,7 @@ from pallas_kernels import mosaic as mg
 from pallas_kernels.mosaic_int import f32, i32, i64
 
 llvm, gpu = utils.llvm, utils.gpu  # which `jax.extend` lacks
+_MARK = 0x6A09E667F3BCC908  # no meaning: 64 bits of the root of 2
 
 
 def shared_address(ref: ir.Value) -> mg.Int:
@@ -120,6 +121,24 @@ def await_signal(address: mg.Int) -> None:
         "again: ld.acquire.gpu.global.b32 seen, [$0];\n"
         "setp.eq.b32 zero, seen, 0;\n"
         "@zero bra again; }"
+    )
+    mg.asm(None, [address], text, "l,~{memory}", effects=True)
+
+
+def mark(address: mg.Int) -> None:
+    """As `signal`, but sets 8 bytes to a value that memory does not hold by chance."""
+    text = f"st.release.gpu.global.b64 [$0], {_MARK};"
+    mg.asm(None, [address], text, "l,~{memory}", effects=True)
+
+
+def take_mark(address: mg.Int) -> None:
+    """Wait for `mark` and erase it: the memory needs no value before and can serve again."""
+    text = (
+        "{ .reg .pred other; .reg .b64 seen;\n"
+        "again: ld.acquire.gpu.global.b64 seen, [$0];\n"
+        f"setp.ne.b64 other, seen, {_MARK};\n"
+        "@other bra again;\n"
+        "st.relaxed.gpu.global.b64 [$0], 0; }"
     )
     mg.asm(None, [address], text, "l,~{memory}", effects=True)
 

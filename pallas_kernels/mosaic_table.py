@@ -36,3 +36,11 @@ def decode_word(word: mg.Int, table: mg.Int, lane_offset: mg.Int) -> list[mg.Int
     """The 8 codes of a packed word as 4 pairs, in the order of K; `lane_offset` is 4 lane."""
     shifted = [word << 7, word >> 1, word >> 9, word >> 17]
     return [mem.load_word(mg.and_or(s, mg.Int(0x7F80), lane_offset) + table) for s in shifted]
+
+
+def decode_bytes(
+    words: list[mg.Int], own: mg.Int, table: mg.Int, lane_offset: mg.Int
+) -> list[mg.Int]:
+    """The pair of codes of one byte of each word, that from bit `own` on."""
+    turned = [mg.rotate_right(word, own + (32 - 7)) for word in words]
+    return [mem.load_word(mg.and_or(t, mg.Int(0x7F80), lane_offset) + table) for t in turned]

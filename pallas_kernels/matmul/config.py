@@ -37,13 +37,13 @@ class MidTiles:
     """Tiles of `mosaic_mid`.
 
     Attributes:
-        slabs: parts of K in different blocks, summed by a second kernel when there are several.
+        blocks: blocks that share the work evenly.
         stages: panels of 256 k in flight in a warp.
         x_stages: parts of x in flight in a team of 8 warps, at least 2.
         x_depth: k of a part of x: 64, 128 or 256.
     """
 
-    slabs: int = 1
+    blocks: int = 132
     stages: int = 2
     x_stages: int = 2
     x_depth: int = 128
@@ -81,17 +81,18 @@ def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list
 def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[MidTiles]:
     """Tiles, the least estimated time first; among equals those with more in flight."""
     row_tiles, steps = math.ceil(n / MID_ROWS), math.ceil(k / PANEL)
-    stage_us = 0.75 + m / 130  # measured on 4096 x 14336 and 4096 x 4096
+    panel_us = 0.75 + m / 130  # measured on 4096 x 14336 and 4096 x 4096
+    most = min(sms, row_tiles * steps)
 
-    def time(slabs: int) -> float:
-        waves = math.ceil(row_tiles * slabs / sms)
-        us = waves * (math.ceil(steps / slabs) * stage_us + _BLOCK_US)
-        return us + (_SUM_US if slabs > 1 else 0)
+    def time(blocks: int) -> float:
+        others = math.ceil(blocks / row_tiles) - 1  # whose sums the first of a tile adds
+        share = math.ceil(row_tiles * steps / blocks)
+        return share * panel_us + _BLOCK_US + (_SUM_US + others * m / 100 if others else 0)
 
     # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
-    flights = [(3, 2, 256), (2, 3, 256), (2, 3, 128), (2, 2, 64), (1, 2, 64)]
+    flights = [(3, 2, 256), (2, 2, 256), (2, 2, 128), (2, 2, 64), (1, 2, 64)]
     return [
-        MidTiles(slabs, *flight)
-        for slabs in sorted(range(1, min(steps, 16) + 1), key=time)
+        MidTiles(blocks, *flight)
+        for blocks in sorted(range(1, most + 1), key=time)[:8]
         for flight in flights
     ]

@@ -346,7 +346,7 @@ def branch(condition, yes, no):
 
 def loop(stop, carry, body):
     outer, carry = machine.mask, list(carry)
-    for i in range(int(stop.value[outer].max())):
+    for i in range(int(stop.value[outer].max(initial=0))):
         machine.mask = outer & (i < stop.value)
         new = body(Register(i), carry)
         carry = [np.where(machine.mask, b, a) for a, b in zip(carry, new)]
@@ -474,6 +474,24 @@ def await_signal(address):
     assert machine.load(address, 4)[machine.mask].any(), "waits for a block that starts later"
 
 
+def rotate_right(word, bits):
+    bits = bits.value & np.uint32(31)
+    return Register(word.value >> bits | word.value << (np.uint32(32) - bits & np.uint32(31)))
+
+
+MARK = np.uint64(0x6A09E667F3BCC908)
+
+
+def mark(address):
+    machine.store(address, Register(np.full(machine.threads, MARK)))
+
+
+def take_mark(address):
+    seen = machine.load(address, 8).view(np.uint64)[:, 0]
+    assert (seen[machine.mask] == MARK).all(), "waits for a block that starts later"
+    machine.store(address, Register(np.zeros(machine.threads, np.uint64)))
+
+
 def float_of(data):
     return data.view(np.float32)[:, 0]
 
@@ -485,6 +503,7 @@ PRIMITIVES = {
     "block_index": lambda: Register(machine.block),
     "cluster_rank": lambda: Register(machine.block % 2),
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
+    "select_float": lambda c, yes, no: np.where(c, yes, no),
     "both": lambda a, b: a & b,
     "when": when,
     "branch": branch,
@@ -495,6 +514,7 @@ PRIMITIVES = {
     "uniform": lambda value: value,
     "shuffle": lookup_lane,
     "and_or": lambda a, b, c: (a & b) | c,
+    "rotate_right": rotate_right,
     "zero": lambda: np.zeros(machine.threads, np.float32),
     "add": lambda a, b: a + b,
     "mul": lambda a, b: a * b,
@@ -511,6 +531,8 @@ PRIMITIVES = {
     "sync_threads": lambda barrier, count: None,
     "signal": lambda address: machine.store(address, Register(1)),
     "await_signal": await_signal,
+    "mark": mark,
+    "take_mark": take_mark,
     "store_words": lambda address, words: machine.store_bytes(
         address, np.stack([word.value for word in words], -1).view(np.uint8)
     ),

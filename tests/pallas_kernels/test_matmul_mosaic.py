@@ -5,14 +5,12 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels import mosaic
 from pallas_kernels.matmul import mosaic_gpu, tuned
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
-from pallas_kernels.matmul.mosaic_mid import arrange
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import DoubleQuantScales
 
@@ -110,20 +108,6 @@ def test_tiles_that_do_not_fit_are_refused_when_lowered():
         lower(8, 4096, 4096, config=DecodeTiles(16, 1, 5))
     lower(8, 4096, 4096, config=DecodeTiles(16, 1, 4))
     assert mosaic.SHARED_BYTES == 232448
-
-
-@pytest.mark.parametrize("m, k", [(1, 32), (9, 96), (16, 512)])
-def test_arrange_puts_each_pair_where_a_lane_needs_it(m, k):
-    x = np.arange(m * k, dtype=np.float32).reshape(m, k) % 251  # exact in bfloat16
-    out = arrange(jnp.asarray(x, jnp.bfloat16))
-    pairs = np.asarray(out).view(ml_dtypes.bfloat16).astype(np.float32)
-    pairs = pairs.reshape(*out.shape, 2)
-    want = np.zeros((-(-k // 256) * 32, -(-m // 8) * 8, 4, 2), np.float32)
-    for row, place in itertools.product(range(m), range(k)):
-        group, within = divmod(place, 32)
-        quad, pair, element = within // 8, within % 8 // 2, within % 2
-        want[4 * group + pair, row, quad, element] = x[row, place]
-    np.testing.assert_array_equal(pairs, want)
 
 
 def test_unsupported_says_why():
