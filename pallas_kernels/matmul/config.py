@@ -9,7 +9,11 @@ MID_ROWS = 128  # weight rows of a block of `mosaic_mid`
 _BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
 _TILE_US = 0.1  # a tile's cost beside its bytes: barriers and the sum over warps
 _SUM_US = 1.3  # the kernel that sums slabs
-_BLOCK_US = 4.0  # a block of `mosaic_mid` beside its stages: table, first copies, result
+# Of `mosaic_mid`, from 4096 x 14336, 14336 x 4096 and 4096 x 4096 at M = 32, 64 and 128:
+_BLOCK_US = 4.0  # a block beside its panels: launch, table, first copies, result
+_PANEL_US = 0.72, 1 / 113  # a panel, and a row of x of it
+_SHARE_US = 0.045, 0.1  # of a tile in several blocks: a row of x, and a block
+_UNEVEN = 1.15  # where blocks do not begin with tiles: they read farther apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +83,23 @@ def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list
 
 
 def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[MidTiles]:
-    """Tiles, the least estimated time first; among equals those with more in flight."""
-    row_tiles, steps = math.ceil(n / MID_ROWS), math.ceil(k / PANEL)
-    panel_us = 0.75 + m / 130  # measured on 4096 x 14336 and 4096 x 4096
-    most = min(sms, row_tiles * steps)
+    """Tiles, the least estimated time first."""
+    row_tiles, panels = math.ceil(n / MID_ROWS), math.ceil(k / PANEL)
+    total = row_tiles * panels
+    base, slope = _PANEL_US
 
     def time(blocks: int) -> float:
-        others = math.ceil(blocks / row_tiles) - 1  # whose sums the first of a tile adds
-        share = math.ceil(row_tiles * steps / blocks)
-        return share * panel_us + _BLOCK_US + (_SUM_US + others * m / 100 if others else 0)
+        whole, even = row_tiles % blocks == 0, blocks % row_tiles == 0
+        pairs = math.ceil(total / blocks / 2)  # a panel for each team
+        us = 2 * pairs * (base + slope * m) * (1 if whole or even else _UNEVEN) + _BLOCK_US
+        if not whole:
+            us += _SHARE_US[0] * m + _SHARE_US[1] * blocks / row_tiles
+        return us
 
     # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
-    flights = [(3, 2, 256), (2, 2, 256), (2, 2, 128), (2, 2, 64), (1, 2, 64)]
+    flights = [(2, 2, 128 if m <= 64 else 64), (3, 2, 128), (2, 3, 64), (2, 2, 64), (1, 2, 64)]
     return [
         MidTiles(blocks, *flight)
-        for blocks in sorted(range(1, most + 1), key=time)[:8]
-        for flight in flights
+        for blocks in sorted(range(1, min(sms, total) + 1), key=time)[:8]
+        for flight in dict.fromkeys(flights)
     ]

@@ -32,6 +32,7 @@ WARPS = TEAMS * TEAM
 THREADS = WARPS * mg.WARP
 TEAM_THREADS = TEAM * mg.WARP
 PAIR = 16  # columns: 8 that one team finishes, 8 that the other does
+CHUNKS = ROWS // 8  # 16 bytes of a staged column
 PAIR_BYTES = 16 * THREADS  # of their sums: 4 floats a thread
 
 
@@ -55,7 +56,7 @@ class Layout:
         self.others = max(end - self.share_of(t * self.panels) for t, end in enumerate(ends))
         self.pairs = -(-self.columns // PAIR)
         self.pairs_at_once = min(self.pairs, 2 if self.columns <= 64 else 4)
-        self.together = max(1, 8 // self.pairs)  # sums of other blocks that are loaded at once
+        self.together = min(max(1, 16 // self.pairs), self.others)  # sums loaded at once
 
     def begin(self, share):
         """The first panel of a share of the work (of the end, for the number of blocks)."""
@@ -83,7 +84,7 @@ class Layout:
         size = self.pairs * PAIR_BYTES // 4
         return [
             jax.ShapeDtypeStruct((self.blocks, size), jnp.float32),
-            jax.ShapeDtypeStruct((self.blocks, 2), jnp.int32),
+            jax.ShapeDtypeStruct((self.blocks, WARPS, 2), jnp.int32),
         ]
 
 
@@ -227,16 +228,27 @@ class _Block:
         """Leave the sums of a tile's later part to the block that has its start."""
         for i, pair in enumerate(self.exchange(acc)):
             mem.store_floats(self.sum_place(self.share, i), pair)
-        mg.sync_block()
-        with mg.when(self.thread.equals(0)):
-            mem.mark(self.marks + (self.share << 3).wide())
+        mg.sync_warp()
+        with mg.when(self.lane.equals(0)):
+            mem.mark(self.mark_place(self.share))
 
     def finish(self, acc: list, others: mg.Int, tile: mg.Int) -> None:
         """Add the sums of the next `others` shares, and write the tile."""
-        with mg.when(self.thread < others):
-            mem.take_mark(self.marks + (self.share + 1 + self.thread << 3).wide())
-        kept = self.exchange(acc)  # synchronizes the block
+        kept = self.exchange(acc)
+
+        def take(i: mg.Int, _: list) -> list:
+            index = self.lane + i * mg.WARP
+            with mg.when(index < others):
+                mem.take_mark(self.mark_place(self.share + 1 + index))
+            return []
+
+        mg.loop((others + (mg.WARP - 1)) // mg.WARP, [], take)
+        mg.sync_warp()
         self.store(self.add_sums(kept, others), tile)
+
+    def mark_place(self, share: mg.Int) -> mg.Int:
+        """Where this warp of a share marks that its sums are there: a warp needs no other's."""
+        return self.marks + (share * WARPS + self.warp << 3).wide()
 
     def sum_place(self, share: mg.Int, pair: int) -> mg.Int:
         """Where a share's sums of a pair are, this thread's."""
@@ -244,7 +256,7 @@ class _Block:
         return self.sums + (number * PAIR_BYTES + (self.thread << 4)).wide()
 
     def add_sums(self, kept: list[list], others: mg.Int) -> list[list]:
-        together = min(self.layout.together, self.layout.others)
+        together = self.layout.together
 
         def load(index: mg.Int) -> list[list]:
             exists, share = index < others, (self.share + 1 + index).at_most(self.layout.blocks - 1)
@@ -261,6 +273,38 @@ class _Block:
 
     def store(self, kept: list[list], tile: mg.Int) -> None:
         """Write a tile's columns to y."""
+        if self.problem.n % 8:
+            self.store_elements(kept, tile)
+            return
+        mg.sync_block()  # what was staged before is read
+        self.stage(kept)
+        mg.sync_block()
+        chunk = self.thread & (CHUNKS - 1)
+        row, first = tile * ROWS + (chunk << 3), self.thread // CHUNKS
+        for start in range(0, self.problem.m, THREADS // CHUNKS):
+            column = first + start
+            with mg.when(mg.both(column < self.problem.m, row < self.problem.n)):
+                words = mem.load_words(self.staged(column, chunk))
+                place = (column * self.problem.n + row).wide()
+                mem.store_words(self.out + place * 2, words)
+
+    def stage(self, kept: list[list]) -> None:
+        """Put a tile's columns into shared memory, transposed: two pairs a matrix store."""
+        dtype, matrix = self.problem.dtype, self.lane >> 3
+        column = (self.team << 3) + (self.lane & 7)
+        chunk = (self.warp % TEAM << 1) + (matrix & 1)
+        for first in range(0, len(kept), 2):
+            two = kept[first], kept[min(first + 1, len(kept) - 1)]  # the same twice at the end
+            words = [mg.pack_pair(*pair[i : i + 2], dtype) for pair in two for i in (0, 2)]
+            step = PAIR if len(kept) - first > 1 else 0
+            place = column + (first * PAIR) + (matrix >> 1) * step
+            mem.store_matrices_transposed(self.staged(place, chunk), words)
+
+    def staged(self, column: mg.Int, chunk: mg.Int) -> mg.Int:
+        """Where 8 rows of a column are; columns are swizzled against bank conflicts."""
+        return self.staging + (column * CHUNKS + (chunk ^ (column & 7)) << 4)
+
+    def store_elements(self, kept: list[list], tile: mg.Int) -> None:
         m, n, dtype = self.problem.m, self.problem.n, self.problem.dtype
         row = tile * ROWS + self.warp_row + (self.lane >> 2)
         column = (self.team << 3) + ((self.lane & 3) << 1)

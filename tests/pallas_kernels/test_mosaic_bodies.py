@@ -69,8 +69,9 @@ def test_decode_body(monkeypatch, shape, tiles, kinds):
         ((72, 37, 768, 32), MidTiles(1, 1, 4, 64), dict(layers=2)),
         ((17, 130, 1536, 512), MidTiles(9, 2, 3, 128), dict(dtype="float16")),
         ((24, 20, 4096, 2048), MidTiles(2, 4, 2, 64), dict(double=True, layers=2)),
-        ((104, 300, 352, 32), MidTiles(4, 2, 2, 64), {}),
+        ((104, 304, 352, 32), MidTiles(4, 2, 2, 64), {}),
         ((11, 270, 2560), MidTiles(7, 2, 2, 256), {}),
+        ((41, 200, 1280), MidTiles(5, 2, 2, 128), {}),
     ],
 )
 def test_mid_body(monkeypatch, shape, tiles, kinds):
