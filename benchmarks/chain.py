@@ -4,9 +4,10 @@ python benchmarks/chain.py [--out FILE] [--rows 1,16,64] [--pairs 32]
     [--shapes 4096x14336,4096x4096] [--between none,silu]
 
 A shape K x N is a pair of products, K to N and back; every pair has its own weights. Between
-products lies nothing, or a silu, which XLA merges into its own product of one row of bf16. Wall time of a compiled chain, median of 15 runs
-issued without waiting in between, over the number of products. `graph` compiles with XLA's command
-buffers, which replay a captured CUDA graph; without it XLA's defaults rule.
+products lies nothing, or a silu, which XLA merges into its own product of one row of bf16. Wall
+time of a compiled chain, median of 15 runs issued without waiting in between, over the number of
+products. `graph` compiles with XLA's command buffers, which replay a captured CUDA graph; without
+it XLA's defaults rule.
 """
 
 import argparse

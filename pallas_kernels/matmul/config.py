@@ -88,18 +88,19 @@ def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[Mi
     total = row_tiles * panels
     base, slope = _PANEL_US
 
+    def even(blocks: int) -> bool:
+        """Whether all blocks begin with tiles, or all tiles with blocks."""
+        return row_tiles % blocks == 0 or blocks % row_tiles == 0
+
     def time(blocks: int) -> float:
-        whole, even = row_tiles % blocks == 0, blocks % row_tiles == 0
         pairs = math.ceil(total / blocks / 2)  # a panel for each team
-        us = 2 * pairs * (base + slope * m) * (1 if whole or even else _UNEVEN) + _BLOCK_US
-        if not whole:
+        us = 2 * pairs * (base + slope * m) * (1 if even(blocks) else _UNEVEN) + _BLOCK_US
+        if row_tiles % blocks:
             us += _SHARE_US[0] * m + _SHARE_US[1] * blocks / row_tiles
         return us
 
     # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
     flights = [(2, 2, 128 if m <= 64 else 64), (3, 2, 128), (2, 3, 64), (2, 2, 64), (1, 2, 64)]
-    return [
-        MidTiles(blocks, *flight)
-        for blocks in sorted(range(1, min(sms, total) + 1), key=time)[:8]
-        for flight in dict.fromkeys(flights)
-    ]
+    most = min(sms, total)
+    blocks = sorted((b for b in range(1, most + 1) if even(b) or b == most), key=time)
+    return [MidTiles(b, *flight) for flight in dict.fromkeys(flights) for b in blocks[:4]]
