@@ -13,7 +13,7 @@ _SUM_US = 1.3  # the kernel that sums slabs
 _BLOCK_US = 4.0  # a block beside its panels: launch, table, first copies, result
 _PANEL_US = 0.72, 1 / 113  # a panel, and a row of x of it
 _SHARE_US = 0.045, 0.1  # of a tile in several blocks: a row of x, and a block
-_UNEVEN = 1.15  # where blocks do not begin with tiles: they read farther apart
+_UNEVEN = 1.12  # where blocks do not begin with tiles: they read farther apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,8 @@ def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[Mi
         return us
 
     # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
-    flights = [(2, 2, 128 if m <= 64 else 64), (3, 2, 128), (2, 3, 64), (2, 2, 64), (1, 2, 64)]
+    depth = 256 if m <= 32 else 128 if m <= 64 else 64
+    flights = [(2, 2, depth), (3, 2, depth), (2, 3, max(64, depth // 2)), (2, 2, 64), (1, 2, 64)]
     most = min(sms, total)
     blocks = sorted((b for b in range(1, most + 1) if even(b) or b == most), key=time)
     return [MidTiles(b, *flight) for flight in dict.fromkeys(flights) for b in blocks[:4]]

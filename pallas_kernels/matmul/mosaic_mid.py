@@ -141,41 +141,26 @@ class _Block:
 
     # Products
 
-    def load_scales(self, i: mg.Int) -> list[list[mg.Int]]:
-        """Wait for panel i; its scales in this lane's two rows, as pairs."""
-        slot, (row, panel), scales = i % self.tiles.stages, self.place(i), self.ring.scales
+    def run_panel(self, i: mg.Int, acc: list) -> list:
+        """Multiply the team's panel i, each part while the next is decoded."""
+        if self.layout.parts == 1:  # else ptxas finds out by itself, with fewer instructions
+            i = mg.uniform(i)
+        slot, depth, (row, panel) = i % self.tiles.stages, self.layout.depth, self.place(i)
+        scales = self.ring.scales
         scales.decode(scales.load(slot, row, self.ring.first_scale(panel)))
         values = scales.read(slot, 0, self.layout.panel.scales.columns)
-        return [[mg.pack_pair(s, s, self.problem.dtype) for s in row] for row in values]
-
-    def first_operand(self, i: mg.Int) -> list[mg.Int]:
-        """Panel i's scales and its first part, decoded."""
-        scales = self.load_scales(i)
-        return scales[0] + scales[1] + self.decode_part(i % self.tiles.stages, 0, scales)
-
-    def run_panel(self, i: mg.Int, acc: list, operand: list[mg.Int]) -> tuple[list, list]:
-        """Multiply the team's panel i, each part while the next is decoded.
-
-        `operand` is its `first_operand`; returns the next panel's too (after the last, anything).
-        """
-        slot, depth, count = (
-            i % self.tiles.stages,
-            self.layout.depth,
-            self.layout.panel.scales.columns,
-        )
-        scales, a = [operand[:count], operand[count : 2 * count]], operand[2 * count :]
+        pairs = [[mg.pack_pair(s, s, self.problem.dtype) for s in row] for row in values]
+        a = self.decode_part(slot, 0, pairs)
         for k in range(0, PANEL, depth):
             part, within = divmod(k, self.tiles.x_depth)
             part = i * self.layout.parts + part
             if within == 0:
-                self.x.wait(part)
-            x = self.x.operand(part, within)
-            acc = mg.wgmma_start(acc, a, x, 32 >> 4, self.problem.dtype)
+                x = self.x.wait(part)
+            operand = self.x.operand(x, within)
+            acc = mg.wgmma_start(acc, a, operand, 32 >> 4, self.problem.dtype)
+            upcoming = []
             if k + depth < PANEL:
-                upcoming = self.decode_part(slot, k + depth, scales)
-            else:
-                operand = self.first_operand(i + 1)
-                upcoming = operand[2 * count :]
+                upcoming = self.decode_part(slot, k + depth, pairs)
             if k + 2 * depth == PANEL:  # the panel is read
                 mg.sync_warp()
                 self.copy_panel(i + self.tiles.stages)
@@ -183,7 +168,7 @@ class _Block:
             if within + depth == self.tiles.x_depth:
                 self.x.leave(part, self.count * self.layout.parts, self.first_k)
             a = upcoming
-        return acc, operand
+        return acc
 
     def decode_part(self, slot: mg.Int, k: int, scales: list[list[mg.Int]]) -> list[mg.Int]:
         """The left operand of a panel's part from k on: 4 words of pairs for each 16 k."""
@@ -200,32 +185,22 @@ class _Block:
         pairs = pair_table.decode_bytes(words, own, self.table, self.lane << 2)
         return [mg.mul_pairs(pair, scale, self.problem.dtype) for pair in pairs]
 
-    def run_tile(self, tile: mg.Int, operand: list[mg.Int]) -> list[mg.Int]:
-        """Multiply the share's panels of a tile, and write what they give; see `run_panel`."""
+    def run_tile(self, tile: mg.Int) -> None:
+        """Multiply the share's panels of a tile, and write what they give."""
         head, tail = tile * self.layout.panels, (tile + 1) * self.layout.panels
         begins = self.first < head + 1
         start = self.team_panels(mg.select(begins, head, self.first))
         stop = self.team_panels(tail.at_most(self.end))
-        size = self.layout.columns // 2
-
-        def body(i: mg.Int, carry: list) -> list:
-            acc, operand = self.run_panel(start + i, carry[:size], _words(carry[size:]))
-            return acc + _values(operand)
-
-        carry = mg.loop(stop - start, [mg.zero()] * size + _values(operand), body)
-        self.write(carry[:size], tile, begins, tail)
-        return _words(carry[size:])
-
-    # Results: a thread has 4 sums of each 8 columns, of which a team finishes every other.
-
-    def write(self, acc: list, tile: mg.Int, begins: mg.Value, tail: mg.Int) -> None:
-        """Write a tile that ends before panel `tail`, or leave its sums to where it begins."""
+        acc = [mg.zero()] * (self.layout.columns // 2)
+        acc = mg.loop(stop - start, acc, lambda i, acc: self.run_panel(start + i, acc))
         if not self.layout.splits:
             self.store(self.exchange(acc), tile)
             return
         last = self.layout.share_of(tail - 1)
         others = mg.select(self.end < tail, last - self.share, 0)
         mg.branch(begins, lambda: self.finish(acc, others, tile), lambda: self.leave_sums(acc))
+
+    # Results: a thread has 4 sums of each 8 columns, of which a team finishes every other.
 
     def exchange(self, acc: list) -> list[list]:
         """Sum the teams' halves of k; each team keeps 8 columns of each pair."""
@@ -367,16 +342,7 @@ class _Block:
         mg.sync_block()
         tile = self.first // self.layout.panels
         tiles = (self.end - 1) // self.layout.panels - tile + 1
-        operand = _values(self.first_operand(mg.Int(0)))
-        mg.loop(tiles, operand, lambda j, words: _values(self.run_tile(tile + j, _words(words))))
-
-
-def _values(words: list[mg.Int]) -> list[mg.Value]:
-    return [word.value for word in words]
-
-
-def _words(values: list[mg.Value]) -> list[mg.Int]:
-    return [mg.Int(value) for value in values]
+        mg.loop(tiles, [], lambda j, _: self.run_tile(tile + j) or [])
 
 
 def _add(a: list[list], b: list[list]) -> list[list]:

@@ -60,6 +60,7 @@ class XRing:
         self.context, self.layout, self.source, self.warp = context, layout, x, warp
         self.target, self.first = scratch["x"], team * (layout.stages * layout.boxes)
         self.base = mem.shared_address(self.target)
+        self.box_bytes = layout.columns * SWIZZLE
         # Of each place: when it is full, then when all have left it.
         count = 2 * layout.stages
         self.barriers = mem.Barriers(scratch["x_barriers"], count, team * count)
@@ -83,15 +84,15 @@ class XRing:
             shape = self.layout.columns, BOX
             mem.copy_tensor(self.context, self.source, target, place, shape, barrier, SWIZZLE)
 
-    def wait(self, part: mg.Int) -> None:
-        """Wait until a part is there."""
+    def wait(self, part: mg.Int) -> mg.Int:
+        """Wait until a part is there; its address, for `operand`."""
         stages = self.layout.stages
         self.barriers.wait(part % stages, part // stages & 1)
+        return self.base + self._box(part, 0) * self.box_bytes
 
-    def operand(self, part: mg.Int, k: int) -> mg.Int:
+    def operand(self, start: mg.Int, k: int) -> mg.Int:
         """The descriptor of the right operand from k of a part on; 16 k are 32 bytes."""
-        start = self._box(part, k // BOX) * (self.layout.columns * SWIZZLE) + k % BOX * 2
-        return mg.swizzled_descriptor(self.base + start)
+        return mg.swizzled_descriptor(start + (k // BOX * self.box_bytes + k % BOX * 2))
 
     def leave(self, part: mg.Int, count: mg.Int, k_of: Callable[[mg.Int], mg.Int]) -> None:
         """Leave a part of x; a warp in turn refills the place of one that all have left.
