@@ -47,6 +47,13 @@ def load_floats(address: mg.Int, count: int) -> list[ir.Value]:
     return [llvm.extractelement(vector, mg.Int(i).value) for i in range(count)]
 
 
+def add_floats(values: Sequence[ir.Value], address: mg.Int) -> list[ir.Value]:
+    """Add to 4 floats, in their registers, 4 consecutive ones from shared memory."""
+    text = "{ .reg .f32 t<4>; ld.shared.v4.f32 {t0, t1, t2, t3}, [$8]; "
+    text += " ".join(f"add.f32 ${i}, ${i}, t{i};" for i in range(4)) + " }"
+    return mg.update(values, [address], text, ["r"])
+
+
 def load_word(address: mg.Int) -> mg.Int:
     """Load 4 bytes."""
     return mg.Int(llvm.load(i32(), _pointer(address), alignment=4))
@@ -122,6 +129,11 @@ def await_signal(address: mg.Int) -> None:
         "@zero bra again; }"
     )
     mg.asm(None, [address], text, "l,~{memory}", effects=True)
+
+
+def fence_proxy() -> None:
+    """Let the copies that this thread starts later read what it knows to be written."""
+    mg.asm(None, [], "fence.proxy.async;", "~{memory}", effects=True)
 
 
 def store_matrices_transposed(row: mg.Int, words: Sequence[mg.Int]) -> None:

@@ -15,17 +15,18 @@ class LargeTiles:
     """
 
     rows: int = 256
-    slots: int = 5
+    slots: int = 4
     split: int = 2
+    lead: int = 2
 
 
 LARGE_TILES = (
-    LargeTiles(256, 5, 0),
-    LargeTiles(256, 5, 2),
-    LargeTiles(256, 5, 4),
-    LargeTiles(128, 8, 0),
-    LargeTiles(128, 8, 2),
-    LargeTiles(128, 8, 4),
+    LargeTiles(256, 4, 0),
+    LargeTiles(256, 4, 2),
+    LargeTiles(256, 4, 4),
+    LargeTiles(128, 7, 0),
+    LargeTiles(128, 7, 2),
+    LargeTiles(128, 7, 4),
 )
 # Microseconds, by measurement on an H100 (SXM) by the tile's rows of x: of a step of 64; of storing
 # a tile, or a share of one; of adding sums, and of each. And of a launch.

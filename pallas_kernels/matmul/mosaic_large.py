@@ -29,8 +29,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
+from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded_time, large_time
-from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Lane, Rows, code_planes
+from pallas_kernels.matmul.mosaic_left import LINE, OUTPUTS, STEP, TABLE, Columns, Lane, Rows
 from pallas_kernels.matmul.problem import Operands, Problem, describe
 
 CLUSTER = 2  # blocks
@@ -39,6 +40,7 @@ MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
 COPY_GROUP = 4  # steps whose scales are loaded together
 LAUNCH_REGISTERS = 168  # a thread's share when 384 threads start
 MULTIPLIER_REGISTERS, COPIER_REGISTERS = 232, 40
+PARTS = 4  # of a sum, each as large as a slot's part of x
 ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
 
 
@@ -102,15 +104,26 @@ class Layout:
         self.grain = 1 if tiles.split else self.units
         self.grains = tiles_total * (self.units // self.grain)
         self.clusters = min(sms // CLUSTER, self.grains, tiles_total * max(tiles.split, 1))
+        self.shares, rest = divmod(self.clusters, tiles_total)  # of a tile, where none has two
+        if rest or self.shares < 2:
+            self.shares = 1
+        self.head = (self.units + (self.shares - 1) * tiles.lead) // self.shares
         self.splits = any(self.begin(c) % self.units for c in range(self.clusters))
 
     def begin(self, cluster):
         """The first unit of a cluster's share (of the end, for the number of clusters)."""
-        return cluster * self.grains // self.clusters * self.grain
+        if self.shares == 1:
+            return cluster * self.grains // self.clusters * self.grain
+        tile, share = cluster // self.shares, cluster % self.shares
+        later = (share + (self.shares - 1)) // self.shares  # 0 for the head, 1 for the others
+        others = (share - later) * (self.units - self.head) // (self.shares - 1)
+        return tile * self.units + later * self.head + others
 
-    def cluster_of(self, unit):
-        """The cluster whose share has a unit."""
-        return ((unit // self.grain + 1) * self.clusters - 1) // self.grains
+    def last_cluster(self, tile):
+        """The cluster whose share has the last unit of a tile."""
+        if self.shares > 1:
+            return (tile + 1) * self.shares - 1
+        return (((tile + 1) * self.units // self.grain) * self.clusters - 1) // self.grains
 
     def tile(self, tile):
         """The tile's place among a cluster's outputs and among rows of x."""
@@ -125,7 +138,7 @@ class Layout:
             "x": plgpu.SMEM((slots, self.tiles.rows, STEP), dtype),
             "packed": plgpu.SMEM((slots, *self.left.box), jnp.uint8),
             "scales": plgpu.SMEM((slots * self.left.scale_words,), jnp.int32),
-            "staging": plgpu.SMEM((MULTIPLIERS * 64 * 64 // 2,), jnp.int32),
+            "pairs": plgpu.SMEM((2 * pair_table.WORDS,), jnp.int32),
             "table": plgpu.SMEM((TABLE,), jnp.float32),
             "barriers": plgpu.SMEM((4 * slots,), jnp.int32),
         }
@@ -146,9 +159,9 @@ class _Block:
         if layout.splits:
             self.sums, self.flags = mem.global_address(sums), mem.global_address(flags)
         self.scratch = scratch
-        self.x, self.packed, self.scales, self.staging, self.table = (
+        self.x, self.packed, self.scales, self.pairs, self.table = (
             mem.shared_address(scratch[name])
-            for name in ("x", "packed", "scales", "staging", "table")
+            for name in ("x", "packed", "scales", "pairs", "table")
         )
         slots = self.tiles.slots
         self.barriers = mem.Barriers(scratch["barriers"], 2 * slots)
@@ -230,6 +243,8 @@ class _Block:
         mg.loop(count.at_most(self.tiles.slots), [], lambda p, _: copy_tiles(p) or [])
         groups = (count + (COPY_GROUP - 1)) // COPY_GROUP
         mg.loop(groups, load_group(mg.Int(0)), fill_group)
+        if self.layout.splits:
+            mg.loop(self.others() * PARTS, [], lambda i, _: self.copy_sum(count, i) or [])
 
     def copy_tiles(self, p: mg.Int, layer: mg.Int) -> None:
         """By one thread: start the copies of a step."""
@@ -244,13 +259,43 @@ class _Block:
         swizzle = self.left.swizzle
         mem.copy_tensor(self.context, self.refs.packed, target, start, shape, barrier, swizzle)
 
+    def others(self) -> mg.Int:
+        """How many later clusters have parts of the last tile, if this one has its first."""
+        units = self.layout.units
+        tile = (self.end - 1) // units
+        begins, ends = self.first < tile * units + 1, (tile + 1) * units < self.end + 1
+        count = self.layout.last_cluster(tile) - self.cluster
+        return mg.select(begins, mg.select(ends, mg.Int(0), count), 0)
+
+    def copy_sum(self, steps: mg.Int, i: mg.Int) -> None:
+        """Bring a part of another cluster's sum in a slot's x, as if it were a step."""
+        slot, size = (steps + i) % self.tiles.slots, self.tiles.rows * 2 * STEP
+        self.wait_free(steps + i)
+        with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
+            part = i % PARTS
+            source, flags = self.sum_of(self.cluster + 1 + i // PARTS)
+            with mg.when(part.equals(0)):
+                for warpgroup in range(MULTIPLIERS):
+                    mem.await_signal(flags + 4 * warpgroup)
+                mem.fence_proxy()
+            self.barriers.arrive(slot)
+            self.barriers.expect(slot, mg.Int(size))
+            barrier = self.barriers.address(slot)
+            source = source + (part * size).wide()
+            mem.copy_bulk(self.x + slot * size, source, mg.Int(size), barrier)
+        mg.sync_warp()
+        with mg.when((self.thread & 31).equals(0)):
+            self.barriers.arrive(slot)
+
     # Multiplying
 
     def multiply(self) -> None:
         units = self.layout.units
         self.at = Lane(self.thread)
-        codebook = mem.global_address(self.refs.codebook)
-        self.planes = code_planes(codebook, self.problem.dtype)
+        code = pair_table.load_code(mem.global_address(self.refs.codebook))
+        warps = MULTIPLYING // mg.WARP
+        pair_table.build(self.pairs, code, self.problem.dtype, warps, pair_table.WIDE)
+        mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
         first_tile = self.first // units
         count = (self.end - 1) // units - first_tile + 1
 
@@ -264,9 +309,9 @@ class _Block:
             if not self.layout.splits:
                 self.write(acc, tile)
                 return a
-            last = self.layout.cluster_of(tail - 1)
-            others = mg.select(begins, mg.select(ends, mg.Int(0), last - self.cluster), 0)
-            acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, self.cluster + 1 + j))
+            others = mg.select(ends, mg.Int(0), self.others())
+            count = self.end - self.first << 1
+            acc = mg.loop(others, acc, lambda j, acc: self.add_sum(acc, count + j * PARTS))
             mg.branch(begins, lambda: self.write(acc, tile), lambda: self.write_sum(acc))
             return a
 
@@ -284,7 +329,7 @@ class _Block:
         slot, left = p % self.tiles.slots, self.left
         packed = self.packed + slot * (left.box[0] * left.box[1])
         scales = self.scales + slot * (4 * left.scale_words)
-        return left.words(self.at, packed, scales, self.planes)
+        return left.words(self.at, packed, scales, self.pairs)
 
     def start(self, p: mg.Int, a: list[mg.Int], acc: list) -> list:
         """Start the product with a step of x."""
@@ -321,7 +366,8 @@ class _Block:
         output0, row0 = self.origin(tile)
         at, outputs = self.at, self.left.outputs
         thread = self.thread & (mg.WARPGROUP - 1)
-        staging, chunk = self.staging + (at.warpgroup << 13), thread & 7
+        chunk = thread & 7
+        staging = self.pairs + at.warpgroup * (64 * LINE) + pair_table.PITCH
         column = output0 + (at.warpgroup << 6) + (chunk << 3)
         for first in range(0, self.tiles.rows, 64):
             self.sync_warpgroup()
@@ -329,37 +375,40 @@ class _Block:
             self.sync_warpgroup()
             for start in range(0, 64, 16):
                 line = (thread >> 3) + start
-                words = mem.load_words(staging + (line << 7) + ((chunk ^ (line & 7)) << 4))
+                words = mem.load_words(staging + line * LINE + ((chunk ^ (line & 7)) << 4))
                 line = row0 + first + line
                 with mg.when(mg.both(line < self.problem.m, column < outputs)):
                     place = line.wide() * outputs + column.wide()
                     mem.store_words(self.out + (place << 1), words)
 
-    def sums_of(self, cluster: mg.Int) -> tuple[list[mg.Int], mg.Int]:
-        """Where this thread's part of a cluster's sum is, 4 floats at a time, and its flag."""
-        count = self.tiles.rows // 8
+    def sum_of(self, cluster: mg.Int) -> tuple[mg.Int, mg.Int]:
+        """Where the other blocks of this rank find a cluster's sum, and its flags."""
         block = cluster * CLUSTER + self.rank
-        start = self.sums + (block * (count * MULTIPLYING) + self.thread).wide() * 16
-        flag = self.flags + (block * MULTIPLIERS + self.at.warpgroup << 2).wide()
-        return [start + 16 * MULTIPLYING * i for i in range(count)], flag
+        size = self.tiles.rows * 2 * STEP * PARTS
+        return self.sums + block.wide() * size, self.flags + (block * (4 * MULTIPLIERS)).wide()
 
     def write_sum(self, acc: list) -> None:
         """Leave the sum of a tile's tail to the cluster that has its head."""
-        places, flag = self.sums_of(self.cluster)
-        for i, place in enumerate(places):
-            mem.store_floats(place, acc[4 * i : 4 * i + 4])
+        target, flags = self.sum_of(self.cluster)
+        target = target + (self.thread << 4).wide()
+        for i in range(0, len(acc), 4):
+            mem.store_floats(target + 4 * MULTIPLYING * i, acc[i : i + 4])
         self.sync_warpgroup()
         with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
-            mem.signal(flag)
+            mem.signal(flags + (self.at.warpgroup << 2).wide())
 
-    def add_sum(self, acc: list, cluster: mg.Int) -> list:
-        """Add what another cluster has left."""
-        places, flag = self.sums_of(cluster)
-        with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
-            mem.await_signal(flag)
-        self.sync_warpgroup()
-        others = [value for place in places for value in mem.load_floats(place, 4)]
-        return [mg.add(a, b) for a, b in zip(acc, others, strict=True)]
+    def add_sum(self, acc: list, p: mg.Int) -> list:
+        """Add what another cluster has left, as it comes in the slots from step p on."""
+        out, each = [], len(acc) // PARTS
+        for part in range(PARTS):
+            self.wait_full(p + part)
+            slot = (p + part) % self.tiles.slots
+            source = self.x + slot * (self.tiles.rows * 2 * STEP) + (self.thread << 4)
+            mine = acc[part * each : (part + 1) * each]
+            for i in range(0, each, 4):
+                out += mem.add_floats(mine[i : i + 4], source + 4 * MULTIPLYING * i)
+            self.release(p + part)
+        return out
 
     def sync_warpgroup(self) -> None:
         mg.sync_threads(self.at.warpgroup + 1, mg.WARPGROUP)

@@ -471,7 +471,7 @@ def permute(a, b, selector):
 
 
 def await_signal(address):
-    assert machine.load(address, 4)[machine.mask].any(), "waits for a block that starts later"
+    assert machine.load(address, 4)[machine.mask].any(1).all(), "waits for a block that starts later"
 
 
 def float_of(data):
@@ -511,6 +511,7 @@ PRIMITIVES = {
     "sync_threads": lambda barrier, count: None,
     "signal": lambda address: machine.store(address, Register(1)),
     "await_signal": await_signal,
+    "fence_proxy": lambda: None,
     "store_words": lambda address, words: machine.store_bytes(
         address, np.stack([word.value for word in words], -1).view(np.uint8)
     ),
@@ -534,6 +535,9 @@ PRIMITIVES = {
         else PRIMITIVES["load_floats"](address, 4)
         + PRIMITIVES["load_floats"](address + 16, count - 4)
     ),
+    "add_floats": lambda values, address: [
+        a + b for a, b in zip(values, PRIMITIVES["load_floats"](address, 4))
+    ],
     "store": lambda address, value: machine.store(address, value),
     "copy_bulk": copy_bulk,
     "copy_async": copy_async,
