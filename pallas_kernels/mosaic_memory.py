@@ -115,20 +115,33 @@ def store_floats(address: mg.Int, values: Sequence[ir.Value]) -> None:
     llvm.store(vector, _pointer(address), alignment=16)
 
 
-def signal(address: mg.Int) -> None:
-    """Set a word in device memory to 1, after all that this thread knows to be written."""
-    mg.asm(None, [address], "st.release.gpu.global.b32 [$0], 1;", "l,~{memory}", effects=True)
-
-
-def await_signal(address: mg.Int) -> None:
-    """Wait until a word in device memory is not 0; what was written before can be read."""
+def grid_tag() -> mg.Int:
+    """64 bits that other launches and ordinary data do not have."""
     text = (
-        "{ .reg .pred zero; .reg .b32 seen;\n"
-        "again: ld.acquire.gpu.global.b32 seen, [$0];\n"
-        "setp.eq.b32 zero, seen, 0;\n"
-        "@zero bra again; }"
+        "{ .reg .b64 grid; mov.u64 grid, %gridid; add.u64 grid, grid, 1;\n"
+        "mul.lo.u64 $0, grid, 0x9E3779B97F4A7C15; }"
     )
-    mg.asm(None, [address], text, "l,~{memory}", effects=True)
+    return mg.Int(mg.asm(i64(), [], text, "=l"))
+
+
+def signal(address: mg.Int, tag: mg.Int) -> None:
+    """Write a tag to device memory, after all that this thread knows to be written."""
+    text = "st.release.gpu.global.b64 [$0], $1;"
+    mg.asm(None, [address, tag], text, "l,l,~{memory}", effects=True)
+
+
+def await_signal(address: mg.Int, tag: mg.Int) -> None:
+    """By the one reader: wait for `signal`, and clear it; what was written before can be read.
+
+    The memory need not be cleared before: no launch finds the tag of another.
+    """
+    text = (
+        "{ .reg .pred waits; .reg .b64 seen;\n"
+        "again: ld.acquire.gpu.global.b64 seen, [$0];\n"
+        "setp.ne.b64 waits, seen, $1;\n"
+        "@waits bra again; st.global.b64 [$0], 0; }"
+    )
+    mg.asm(None, [address, tag], text, "l,l,~{memory}", effects=True)
 
 
 def fence_proxy() -> None:

@@ -158,6 +158,7 @@ class _Block:
         self.out = mem.global_address(out)
         if layout.splits:
             self.sums, self.flags = mem.global_address(sums), mem.global_address(flags)
+            self.tag = mem.grid_tag()
         self.scratch = scratch
         self.x, self.packed, self.scales, self.pairs, self.table = (
             mem.shared_address(scratch[name])
@@ -276,7 +277,7 @@ class _Block:
             source, flags = self.sum_of(self.cluster + 1 + i // PARTS)
             with mg.when(part.equals(0)):
                 for warpgroup in range(MULTIPLIERS):
-                    mem.await_signal(flags + 4 * warpgroup)
+                    mem.await_signal(flags + 8 * warpgroup, self.tag)
                 mem.fence_proxy()
             self.barriers.arrive(slot)
             self.barriers.expect(slot, mg.Int(size))
@@ -292,9 +293,8 @@ class _Block:
     def multiply(self) -> None:
         units = self.layout.units
         self.at = Lane(self.thread)
-        code = pair_table.load_code(mem.global_address(self.refs.codebook))
         warps = MULTIPLYING // mg.WARP
-        pair_table.build(self.pairs, code, self.problem.dtype, warps, pair_table.WIDE)
+        pair_table.build(self.pairs, self.code, self.problem.dtype, warps, pair_table.WIDE)
         mg.sync_threads(mg.Int(MULTIPLIERS + 1), MULTIPLYING)
         first_tile = self.first // units
         count = (self.end - 1) // units - first_tile + 1
@@ -385,7 +385,7 @@ class _Block:
         """Where the other blocks of this rank find a cluster's sum, and its flags."""
         block = cluster * CLUSTER + self.rank
         size = self.tiles.rows * 2 * STEP * PARTS
-        return self.sums + block.wide() * size, self.flags + (block * (4 * MULTIPLIERS)).wide()
+        return self.sums + block.wide() * size, self.flags + (block * (8 * MULTIPLIERS)).wide()
 
     def write_sum(self, acc: list) -> None:
         """Leave the sum of a tile's tail to the cluster that has its head."""
@@ -395,7 +395,7 @@ class _Block:
             mem.store_floats(target + 4 * MULTIPLYING * i, acc[i : i + 4])
         self.sync_warpgroup()
         with mg.when((self.thread & (mg.WARPGROUP - 1)).equals(0)):
-            mem.signal(flags + (self.at.warpgroup << 2).wide())
+            mem.signal(flags + (self.at.warpgroup << 3).wide(), self.tag)
 
     def add_sum(self, acc: list, p: mg.Int) -> list:
         """Add what another cluster has left, as it comes in the slots from step p on."""
@@ -417,6 +417,7 @@ class _Block:
 
     def setup(self) -> None:
         slots = self.tiles.slots
+        self.code = pair_table.load_code(mem.global_address(self.refs.codebook))
         with mg.when(self.thread.equals(0)):
             # The copier's warps arrive and each copy; the multipliers' warps of both blocks.
             self.barriers.initialize(4 + 2, [CLUSTER * MULTIPLYING // mg.WARP] * slots)
@@ -462,22 +463,18 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
     out_types = [jax.ShapeDtypeStruct((problem.m, layout.left.outputs), problem.dtype)]
     if layout.splits:
         sums = (layout.clusters, CLUSTER, tiles.rows // 2, MULTIPLYING)
-        out_types.append(jax.ShapeDtypeStruct(sums, jnp.float32))
+        flags = (layout.clusters, CLUSTER, MULTIPLIERS, 2)  # 64 bits each
+        out_types += [jax.ShapeDtypeStruct(sums, jnp.float32), jax.ShapeDtypeStruct(flags, jnp.int32)]
 
     def qjax_matmul_large(x, packed, scales, codebook, layer, out, *rest):
-        *sums, scratch = rest
+        *shared, scratch = rest
         refs = Operands(x, packed, scales, codebook, layer)
-        flags = []
-        if layout.splits:  # zero at the start of each call
-            count = layout.clusters * CLUSTER * MULTIPLIERS
-            flags = [pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))]
-        arguments = (refs, out, tuple(sums), tuple(flags), scratch)
+        arguments = (refs, out, tuple(shared), scratch)
         types = jax.tree.map(lambda _: plgpu.RefType(), arguments)
 
         @plgpu.inline_mgpu(arg_types=types)
-        def body(context, refs, out, sums, flags, scratch):
-            shared = [*sums, *flags] or [None, None]
-            _Block(context, layout, refs, out, *shared, scratch).run()
+        def body(context, refs, out, shared, scratch):
+            _Block(context, layout, refs, out, *(shared or (None, None)), scratch).run()
 
         body(*arguments)
 

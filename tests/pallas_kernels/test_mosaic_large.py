@@ -79,7 +79,7 @@ def test_body_agrees_with_float64(monkeypatch, shape, tiles, sms, transpose):
     operands = jax.tree.map(np.asarray, operands)
     layout = mosaic_large.Layout(static, tiles, transpose, sms)
     sums = np.full((layout.clusters, 2, tiles.rows // 2, 256), np.nan, np.float32)
-    flags = np.zeros(4 * layout.clusters, np.int32)
+    flags = np.full((layout.clusters, 2, 2), 0xBAD, np.uint64)
     shared = []
 
     def make(refs, out, scratch):
