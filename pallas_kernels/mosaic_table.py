@@ -1,8 +1,9 @@
 """The pair table of the Mosaic GPU kernels: a packed byte -> its two codes, 16 bits each.
 
-Entry e is there once for each lane, at `pitch` e + 4 lane, so that no lookup has a bank conflict. The
-high nibble, which comes first along K, is the low half of a pair. At a pitch of 128 bytes the table
-takes 32 KB. At `WIDE`, 64 KB of which every other 128 bytes are free, an address is one permutation.
+Entry e is there once for each lane, at `pitch` e + 4 lane, so that no lookup has a bank conflict.
+The high nibble, which comes first along K, is the low half of a pair. At a pitch of 128 bytes the
+table takes 32 KB. At `WIDE` it takes 64 KB, every other 128 bytes of which are free, and an address
+is one permutation.
 """
 
 import jax

@@ -17,7 +17,6 @@ class LargeTiles:
     rows: int = 256
     slots: int = 4
     split: int = 2
-    lead: int = 2
 
 
 LARGE_TILES = (

@@ -10,11 +10,10 @@ directions differ:
               of 8 x 8 matrices brings the two rows to one lane. A byte holds two operand rows.
 """
 
-import jax
-
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
+from pallas_kernels.matmul.mosaic_codes import ACROSS_BYTES, ALONG_BYTES, Codes
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
@@ -33,7 +32,6 @@ class Lane:
         warp, self.lane = mg.warp_and_lane(thread)
         self.warp = warp & 3
         self.group, self.quad = self.lane >> 2, self.lane & 3
-        self.offset = self.lane << 2  # in an entry of the pair table
 
 
 class _Left:
@@ -81,6 +79,7 @@ class Rows(_Left):
 
     box = (OUTPUTS, STEP // 2)  # of packed bytes
     swizzle = 32
+    permuted = (2,)  # of the 4 products of a step, those decoded by permutation
 
     def __init__(self, problem: Problem):
         super().__init__(problem)
@@ -100,7 +99,7 @@ class Rows(_Left):
     def store_scale(self, address: mg.Int, scale) -> None:
         mem.store(address, mg.pack_pair(scale, scale, self.problem.dtype))
 
-    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, table: mg.Int):
+    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, codes: Codes):
         """The operand of a step: 4 words for each 16 k."""
         row = (at.warpgroup << 6) + (at.warp << 4) + at.group
         packed, twist = packed + (row << 5), row >> 2 & 1  # the swizzle
@@ -117,12 +116,18 @@ class Rows(_Left):
         pairs = [
             [mem.load_word(scales + start + 32 * half) for half in range(2)] for start in starts
         ]
-        own_byte = pair_table.selector(at.quad)
+        own_byte, two_bytes = pair_table.selector(at.quad), at.quad * 0x11 + 0x40
         a = []
-        for k in range(0, STEP, 8):  # a word's
-            for row, scale in zip((upper, lower), pairs[k // self.span], strict=True):
-                pair = pair_table.lookup(row[k // 8], own_byte, table, at.offset)
-                a.append(mg.mul_pairs(pair, scale, self.problem.dtype))
+        for i in range(4):
+            two = [row[2 * i : 2 * i + 2] for row in (upper, lower)]
+            if i in self.permuted:
+                bytes_ = [mg.permute(*words, two_bytes) for words in two]
+                u0, u1, l0, l1 = codes.permute(mg.permute(*bytes_, mg.Int(0x5410)), ALONG_BYTES)
+            else:
+                u0, u1, l0, l1 = (codes.look_up(word, own_byte) for words in two for word in words)
+            upper_scale, lower_scale = pairs[16 * i // self.span]
+            order = ((u0, upper_scale), (l0, lower_scale), (u1, upper_scale), (l1, lower_scale))
+            a += [mg.mul_pairs(pair, scale, self.problem.dtype) for pair, scale in order]
         return a
 
     def stage(self, at: Lane, acc: list, staging: mg.Int, first: int) -> None:
@@ -147,6 +152,7 @@ class Columns(_Left):
 
     box = (STEP, OUTPUTS // 2)
     swizzle = 64
+    permuted = (1, 3)
 
     def __init__(self, problem: Problem):
         super().__init__(problem)
@@ -169,7 +175,7 @@ class Columns(_Left):
     def store_scale(self, address: mg.Int, scale) -> None:
         mem.store(address, mg.round_to(scale, self.problem.dtype))
 
-    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, table: mg.Int):
+    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, codes: Codes):
         """The operand of a step: 4 words for each 16 n."""
         chunk = (at.warpgroup << 1) + (at.warp >> 1)
         packed = packed + (at.lane << 6) + ((chunk ^ (at.lane >> 1 & 3)) << 4)
@@ -178,14 +184,19 @@ class Columns(_Left):
         block = at.warpgroup if self.span == STEP else chunk
         scales = scales + (block << 7) + (at.quad << 5)
         scales = mem.load_words(scales) + mem.load_words(scales + 16)
-        first = pair_table.selector(at.warp & 1)
-        own_bytes = (first, first + 0x20)  # of two weight rows
+        odd = at.warp & 1
+        own_bytes = pair_table.selector(odd), pair_table.selector(odd + 2)  # of two weight rows
         a = []
-        for word, scale in zip(pairs, scales, strict=True):
-            rows = [pair_table.lookup(word, byte, table, at.offset) for byte in own_bytes]
-            for half in (0x5410, 0x7632):
-                pair = mg.permute(*rows, mg.Int(half))
-                a.append(mg.mul_pairs(pair, scale, self.problem.dtype))
+        for i in range(4):
+            two = pairs[2 * i : 2 * i + 2]
+            if i in self.permuted:
+                word = mg.permute(*two, odd * 0x1111 + 0x6420)
+                values = codes.permute(word, ACROSS_BYTES)
+            else:
+                rows = [[codes.look_up(word, byte) for byte in own_bytes] for word in two]
+                values = [mg.permute(*r, mg.Int(half)) for r in rows for half in (0x5410, 0x7632)]
+            for j, value in enumerate(values):
+                a.append(mg.mul_pairs(value, scales[2 * i + j // 2], self.problem.dtype))
         return a
 
     def stage(self, at: Lane, acc: list, staging: mg.Int, first: int) -> None:

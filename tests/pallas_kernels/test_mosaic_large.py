@@ -17,6 +17,7 @@ from pallas_kernels.matmul.config_large import (
     decoded_time,
     large_time,
 )
+from pallas_kernels.matmul.large_layout import Layout
 from pallas_kernels.matmul.problem import Problem
 from tests.pallas_kernels import block_simulator
 from tests.pallas_kernels.problems import H100, NF4, decoded, lower, weight
@@ -77,7 +78,7 @@ def test_body_agrees_with_float64(monkeypatch, shape, tiles, sms, transpose):
     block, layer = how["block_size"], how["layer"]
     static, operands = mosaic_large.prepare(x, packed, scales, codebook, block, layer)
     operands = jax.tree.map(np.asarray, operands)
-    layout = mosaic_large.Layout(static, tiles, transpose, sms)
+    layout = Layout(static, tiles, transpose, sms)
     sums = np.full((layout.clusters, 2, tiles.rows // 2, 256), np.nan, np.float32)
     flags = np.full((layout.clusters, 2, 2), 0xBAD, np.uint64)
     shared = []
@@ -96,19 +97,23 @@ def test_body_agrees_with_float64(monkeypatch, shape, tiles, sms, transpose):
 
 def test_shares_cover_the_work_once_and_wait_for_earlier_blocks():
     for m, n, k, tiles in [
-        (256, 14336, 4096, LargeTiles(256, 5, 8)),
-        (1000, 4096, 2880, LargeTiles(256, 5, 2)),
-        (300, 200, 11008, LargeTiles(128, 8, 4)),
+        (256, 14336, 4096, LargeTiles(256, 4, 8)),
+        (1000, 4096, 2880, LargeTiles(256, 4, 2)),
+        (300, 200, 11008, LargeTiles(128, 7, 4)),
+        (256, 4096, 4096, LargeTiles(256, 4, 4)),
+        (129, 256, 256, LargeTiles(256, 4, 4)),
+        (512, 4096, 4096, LargeTiles(256, 4, 0)),
     ]:
-        layout = mosaic_large.Layout(Problem(m, n, k, 64, "bfloat16"), tiles, False, 132)
+        layout = Layout(Problem(m, n, k, 64, "bfloat16"), tiles, False, 132)
+        tiles_total = layout.output_tiles * layout.row_tiles
         bounds = [layout.begin(c) for c in range(layout.clusters + 1)]
         assert bounds[0] == 0 and bounds == sorted(set(bounds))
-        assert bounds[-1] == layout.output_tiles * layout.row_tiles * layout.units
-        for unit in range(bounds[-1]):
-            cluster = layout.cluster_of(unit)
-            assert bounds[cluster] <= unit < bounds[cluster + 1]
-        places = {layout.tile(tile) for tile in range(layout.output_tiles * layout.row_tiles)}
-        assert len(places) == layout.output_tiles * layout.row_tiles
+        assert bounds[-1] == tiles_total * layout.units
+        for tile in range(tiles_total):
+            cluster, last = layout.last_cluster(tile), (tile + 1) * layout.units - 1
+            assert bounds[cluster] <= last < bounds[cluster + 1]
+        places = {layout.tile(tile) for tile in range(tiles_total)}
+        assert len(places) == tiles_total
 
 
 @pytest.mark.parametrize(
