@@ -20,7 +20,7 @@ CLUSTER = 2  # blocks
 MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
 ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
-LEAD = 4  # units that the head of a tile has more than the tails, whose sums it waits for
+LEAD = 4  # units of a tile that its head takes a part of alone: it waits for the tails' sums
 
 
 class Layout:
@@ -28,7 +28,7 @@ class Layout:
 
     def __init__(self, problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
         self.problem, self.tiles = problem, tiles
-        self.left = (Columns if transpose else Rows)(problem)
+        self.left = (Columns if transpose else Rows)(problem, tiles.rows)
         self.x_bytes = tiles.rows * 2 * STEP  # of x in a slot
         self.row_tiles = pl.cdiv(problem.m, tiles.rows)
         self.row_group = max(d for d in range(1, ROW_GROUP + 1) if self.row_tiles % d == 0)
@@ -42,7 +42,7 @@ class Layout:
         shares, rest = divmod(self.clusters, tiles_total)
         self.shares = 1 if rest else max(1, shares)  # of each tile; 1 too where they are uneven
         tails = self.shares - 1  # a unit each at least
-        self.head = min((self.units + tails * LEAD) // self.shares, self.units - tails)
+        self.head = min((self.units + LEAD) // self.shares, self.units - tails)
         self.splits = any(self.begin(c) % self.units for c in range(self.clusters))
 
     def begin(self, cluster):

@@ -35,7 +35,13 @@ class Lane:
 
 
 class _Left:
-    """What the directions share: the scales of a step."""
+    """What the directions share: the scales of a step.
+
+    `permuted` are those of the 4 products of a step that are decoded by permutation: the fewer rows
+    of x a tile has, the more of its time is for the loads of decoding.
+    """
+
+    permuted: tuple[int, ...]
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -79,11 +85,11 @@ class Rows(_Left):
 
     box = (OUTPUTS, STEP // 2)  # of packed bytes
     swizzle = 32
-    permuted = (2,)  # of the 4 products of a step, those decoded by permutation
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, rows: int):
         super().__init__(problem)
         self.outputs, self.contracted = problem.n, problem.k
+        self.permuted = (2,)
 
     def origin(self, output0: mg.Int, step: mg.Int) -> list[mg.Int]:
         """The weight row and packed column of a step."""
@@ -152,11 +158,11 @@ class Columns(_Left):
 
     box = (STEP, OUTPUTS // 2)
     swizzle = 64
-    permuted = (1, 3)
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, rows: int):
         super().__init__(problem)
         self.outputs, self.contracted = problem.k, problem.n
+        self.permuted = (1, 3) if rows > 128 else (0, 1, 2, 3)
 
     def origin(self, output0: mg.Int, step: mg.Int) -> list[mg.Int]:
         """The weight row and packed column of a step."""
