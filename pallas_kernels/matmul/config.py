@@ -101,7 +101,7 @@ def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[Mi
 
     # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
     depth = 256 if m <= 32 else 128 if m <= 64 else 64
-    flights = [(2, 2, depth), (3, 2, depth), (2, 3, max(64, depth // 2)), (2, 2, 64), (1, 2, 64)]
+    flights = [(2, 2, depth), (2, 3, max(64, depth // 2)), (2, 2, 64), (1, 2, 64)]
     most = min(sms, total)
     blocks = sorted((b for b in range(1, most + 1) if even(b) or b == most), key=time)
     return [MidTiles(b, *flight) for flight in dict.fromkeys(flights) for b in blocks[:4]]

@@ -8,8 +8,8 @@ GPU starts earlier.
 Two warpgroups of a block, a team, take 64 rows each, two more the same rows: the teams take turns
 in the panels. A warpgroup decodes part of a panel into the registers of wgmma's left operand,
 multiplied by the scales in x's dtype, while the part before is multiplied. A lane q of a quad needs
-byte q of each packed word; it loads the words whole and turns each so that the byte falls into
-place. x is the right operand, in its natural order, in a ring of parts for each team.
+byte q of each packed word; it loads the words whole, and looks up that byte of each. x is the right
+operand, in its natural order, in a ring of parts for each team.
 """
 
 import functools
@@ -55,7 +55,7 @@ class Layout:
         ends = [self.share_of((t + 1) * self.panels - 1) for t in range(self.row_tiles)]
         self.others = max(end - self.share_of(t * self.panels) for t, end in enumerate(ends))
         self.pairs = -(-self.columns // PAIR)
-        self.pairs_at_once = min(self.pairs, 2 if self.columns <= 64 else 4)
+        self.pairs_at_once = min(self.pairs, 2)
         self.together = min(max(1, 16 // self.pairs), self.others)  # sums loaded at once
 
     def begin(self, share):
@@ -72,7 +72,7 @@ class Layout:
             self.panel.scratch()
             | self.x.scratch()
             | {
-                "table": plgpu.SMEM((pair_table.WORDS,), jnp.int32),
+                "table": plgpu.SMEM((2 * pair_table.WORDS,), jnp.int32),
                 "staging": plgpu.SMEM((self.pairs_at_once * PAIR_BYTES // 4,), jnp.float32),
             }
         )
@@ -97,6 +97,7 @@ class _Block:
         self.ring = LanePanels(layout.panel, refs, scratch)
         self.warp, self.lane = self.ring.warp, self.ring.lane
         self.team, self.warp_row = self.warp // TEAM, self.warp % TEAM * 16
+        self.own_byte = pair_table.selector(self.lane & 3)
         self.x = XRing(context, layout.x, self.team, self.warp % TEAM, refs.x, scratch)
         # Later blocks have earlier work: the start of a tile waits for the blocks of its end.
         self.share = mg.Int(layout.blocks - 1) - mg.block_index()
@@ -105,6 +106,7 @@ class _Block:
         self.out, self.codebook = mem.global_address(out), mem.global_address(refs.codebook)
         if layout.splits:
             self.sums, self.marks = (mem.global_address(ref) for ref in sums)
+            self.tag = mem.grid_tag()
         self.table = mem.shared_address(scratch["table"])
         self.staging = mem.shared_address(scratch["staging"])
 
@@ -181,8 +183,8 @@ class _Block:
         return a
 
     def decode(self, words: list[mg.Int], scale: mg.Int) -> list[mg.Int]:
-        own = (self.lane & 3) << 3  # the first bit of this lane's byte
-        pairs = pair_table.decode_bytes(words, own, self.table, self.lane << 2)
+        lookup = functools.partial(pair_table.lookup, selector=self.own_byte, table=self.table)
+        pairs = [lookup(word, lane_offset=self.lane << 2) for word in words]
         return [mg.mul_pairs(pair, scale, self.problem.dtype) for pair in pairs]
 
     def run_tile(self, tile: mg.Int) -> None:
@@ -232,7 +234,7 @@ class _Block:
             mem.store_floats(self.sum_place(self.share, i), pair)
         mg.sync_warp()
         with mg.when(self.lane.equals(0)):
-            mem.mark(self.mark_place(self.share))
+            mem.signal(self.mark_place(self.share), self.tag)
 
     def finish(self, acc: list, others: mg.Int, tile: mg.Int) -> None:
         """Add the sums of the next `others` shares, and write the tile."""
@@ -241,7 +243,7 @@ class _Block:
         def take(i: mg.Int, _: list) -> list:
             index = self.lane + i * mg.WARP
             with mg.when(index < others):
-                mem.take_mark(self.mark_place(self.share + 1 + index))
+                mem.await_signal(self.mark_place(self.share + 1 + index), self.tag)
             return []
 
         mg.loop((others + (mg.WARP - 1)) // mg.WARP, [], take)
@@ -278,20 +280,27 @@ class _Block:
         if self.problem.n % 8:
             self.store_elements(kept, tile)
             return
-        mg.sync_block()  # what was staged before is read
-        self.stage(kept)
-        mg.sync_block()
+        at_once = 2 * self.layout.pairs_at_once  # of half the size that they have in `exchange`
+        for first in range(0, len(kept), at_once):
+            mg.sync_block()  # what was staged before is read
+            self.stage(kept[first : first + at_once])
+            mg.sync_block()
+            columns = range(first * PAIR, min((first + at_once) * PAIR, self.problem.m))
+            self.store_lines(columns, tile)
+
+    def store_lines(self, columns: range, tile: mg.Int) -> None:
+        """Write staged columns, 8 rows a thread."""
         chunk = self.thread & (CHUNKS - 1)
         row, first = tile * ROWS + (chunk << 3), self.thread // CHUNKS
-        for start in range(0, self.problem.m, THREADS // CHUNKS):
-            column = first + start
-            with mg.when(mg.both(column < self.problem.m, row < self.problem.n)):
-                words = mem.load_words(self.staged(column, chunk))
-                place = (column * self.problem.n + row).wide()
+        for start in range(0, len(columns), THREADS // CHUNKS):
+            line = first + start
+            with mg.when(mg.both(line < len(columns), row < self.problem.n)):
+                words = mem.load_words(self.staged(line, chunk))
+                place = ((line + columns.start) * self.problem.n + row).wide()
                 mem.store_words(self.out + place * 2, words)
 
     def stage(self, kept: list[list]) -> None:
-        """Put a tile's columns into shared memory, transposed: two pairs a matrix store."""
+        """Put columns into shared memory, transposed: two pairs a matrix store."""
         dtype, matrix = self.problem.dtype, self.lane >> 3
         column = (self.team << 3) + (self.lane & 7)
         chunk = (self.warp % TEAM << 1) + (matrix & 1)
@@ -329,7 +338,7 @@ class _Block:
                 self.copy_x(part)
         mg.sync_warp()
         self.copy_panel(mg.Int(0))
-        pair_table.build(self.table, code, self.problem.dtype, WARPS)
+        pair_table.build(self.table, code, self.problem.dtype, WARPS, pair_table.WIDE)
         with mg.when(first_lane):
             for part in range(first_parts, self.tiles.x_stages):
                 self.copy_x(part)

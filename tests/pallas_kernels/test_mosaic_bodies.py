@@ -65,7 +65,7 @@ def test_decode_body(monkeypatch, shape, tiles, kinds):
     "shape, tiles, kinds",
     [
         ((20, 150, 1024), MidTiles(2, 2, 3, 128), {}),
-        ((33, 40, 2880), MidTiles(2, 3, 2, 256), dict(double=True)),
+        ((33, 40, 2880), MidTiles(2, 3, 2, 128), dict(double=True)),
         ((72, 37, 768, 32), MidTiles(1, 1, 4, 64), dict(layers=2)),
         ((17, 130, 1536, 512), MidTiles(9, 2, 3, 128), dict(dtype="float16")),
         ((24, 20, 4096, 2048), MidTiles(2, 4, 2, 64), dict(double=True, layers=2)),
