@@ -20,7 +20,7 @@ CLUSTER = 2  # blocks
 MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
 ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
-LEAD = 4  # the head of a tile has LEAD / shares units more than an equal share: it waits for the rest
+LEAD = 4  # units; a tile's head waits for the rest, and has LEAD / shares more than an equal share
 
 
 class Layout:
