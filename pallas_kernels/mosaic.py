@@ -284,12 +284,12 @@ def wgmma_start(
         lines.append(f"{shape} {{{sums}}}, {{{words}}}, b, p, 1, 1, 0;")
         lines.append(f"add.u32 low, low, {b_step}; mov.b64 b, {{low, high}};")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    return _tied(acc, [*a, b], "\n".join(lines), ["r"] * len(a) + ["l"])
+    return update(acc, [*a, b], "\n".join(lines), ["r"] * len(a) + ["l"])
 
 
 def wgmma_finish(acc: Sequence[ir.Value], a: Sequence[Int]) -> list[ir.Value]:
     """Wait for `wgmma_start`; takes its `a` so that those registers are not used again before."""
-    return _tied(acc, a, "wgmma.wait_group.sync.aligned 0;", ["r"] * len(a))
+    return update(acc, a, "wgmma.wait_group.sync.aligned 0;", ["r"] * len(a))
 
 
 def wgmma_wait(pending: int, a: Sequence[Int]) -> None:
@@ -301,7 +301,7 @@ def wgmma_wait(pending: int, a: Sequence[Int]) -> None:
     asm(None, a, text, ",".join(["r"] * len(a) + ["~{memory}"]), effects=True)
 
 
-def _tied(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
+def update(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
     """Inline code that reads and writes the floats `acc` in place."""
     ties = [str(i) for i in range(len(acc))]
     constraints = ["=f"] * len(acc) + ties + constraints + ["~{memory}"]

@@ -47,6 +47,13 @@ def load_floats(address: mg.Int, count: int) -> list[ir.Value]:
     return [llvm.extractelement(vector, mg.Int(i).value) for i in range(count)]
 
 
+def add_floats(values: Sequence[ir.Value], address: mg.Int) -> list[ir.Value]:
+    """Add to 4 floats, in their registers, 4 consecutive ones from shared memory."""
+    text = "{ .reg .f32 t<4>; ld.shared.v4.f32 {t0, t1, t2, t3}, [$8]; "
+    text += " ".join(f"add.f32 ${i}, ${i}, t{i};" for i in range(4)) + " }"
+    return mg.update(values, [address], text, ["r"])
+
+
 def load_word(address: mg.Int) -> mg.Int:
     """Load 4 bytes."""
     return mg.Int(llvm.load(i32(), _pointer(address), alignment=4))
@@ -108,20 +115,38 @@ def store_floats(address: mg.Int, values: Sequence[ir.Value]) -> None:
     llvm.store(vector, _pointer(address), alignment=16)
 
 
-def signal(address: mg.Int) -> None:
-    """Set a word in device memory to 1, after all that this thread knows to be written."""
-    mg.asm(None, [address], "st.release.gpu.global.b32 [$0], 1;", "l,~{memory}", effects=True)
-
-
-def await_signal(address: mg.Int) -> None:
-    """Wait until a word in device memory is not 0; what was written before can be read."""
+def grid_tag() -> mg.Int:
+    """64 bits that other launches and ordinary data do not have."""
     text = (
-        "{ .reg .pred zero; .reg .b32 seen;\n"
-        "again: ld.acquire.gpu.global.b32 seen, [$0];\n"
-        "setp.eq.b32 zero, seen, 0;\n"
-        "@zero bra again; }"
+        "{ .reg .b64 grid; mov.u64 grid, %gridid; add.u64 grid, grid, 1;\n"
+        "mul.lo.u64 $0, grid, 0x9E3779B97F4A7C15; }"
     )
-    mg.asm(None, [address], text, "l,~{memory}", effects=True)
+    return mg.Int(mg.asm(i64(), [], text, "=l"))
+
+
+def signal(address: mg.Int, tag: mg.Int) -> None:
+    """Write a tag to device memory, after all that this thread knows to be written."""
+    text = "st.release.gpu.global.b64 [$0], $1;"
+    mg.asm(None, [address, tag], text, "l,l,~{memory}", effects=True)
+
+
+def await_signal(address: mg.Int, tag: mg.Int) -> None:
+    """By the one reader: wait for `signal`, and clear it; what was written before can be read.
+
+    The memory need not be cleared before: no launch finds the tag of another.
+    """
+    text = (
+        "{ .reg .pred waits; .reg .b64 seen;\n"
+        "again: ld.acquire.gpu.global.b64 seen, [$0];\n"
+        "setp.ne.b64 waits, seen, $1;\n"
+        "@waits bra again; st.global.b64 [$0], 0; }"
+    )
+    mg.asm(None, [address, tag], text, "l,l,~{memory}", effects=True)
+
+
+def fence_proxy() -> None:
+    """Let the copies that this thread starts later read what it knows to be written."""
+    mg.asm(None, [], "fence.proxy.async;", "~{memory}", effects=True)
 
 
 def store_matrices_transposed(row: mg.Int, words: Sequence[mg.Int]) -> None:

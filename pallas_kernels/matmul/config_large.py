@@ -15,33 +15,34 @@ class LargeTiles:
     """
 
     rows: int = 256
-    slots: int = 5
+    slots: int = 4
     split: int = 2
 
 
 LARGE_TILES = (
-    LargeTiles(256, 5, 0),
-    LargeTiles(256, 5, 2),
-    LargeTiles(256, 5, 4),
-    LargeTiles(128, 8, 0),
-    LargeTiles(128, 8, 2),
-    LargeTiles(128, 8, 4),
+    LargeTiles(256, 4, 0),
+    LargeTiles(256, 4, 2),
+    LargeTiles(256, 4, 4),
+    LargeTiles(128, 7, 0),
+    LargeTiles(128, 7, 2),
+    LargeTiles(128, 7, 4),
 )
 # Microseconds, by measurement on an H100 (SXM) by the tile's rows of x: of a step of 64; of storing
 # a tile, or a share of one; of adding sums, and of each. And of a launch.
-_STEP_US = {256: 0.70, 128: 0.50}
+_STEP_US = {256: 0.675, 128: 0.45}
 _TILE_US = {256: 1.9, 128: 1.5}
-_SUMS_US = {256: (4.5, 2.0), 128: (3.8, 0.5)}
+_SUMS_US = {256: (2.0, 2.6), 128: (1.5, 1.5)}
 _LAUNCH_US = 2.1
-_UNEVEN_ROWS, _LONG_ROWS = 1024, 2048  # beyond so many rows of x steps take longer
 
 
 def _slowdown(m: int, even: bool) -> float:
     """How much longer a step takes than of few rows of x."""
-    if m > _LONG_ROWS:
-        return 1.05 if even else 1.25
     # Uneven shares are at different places of the contraction: they share less of the L2 cache.
-    return 1.1 if m > _UNEVEN_ROWS and not even else 1.0
+    if m > 4096:
+        return 1.07 if even else 1.25
+    if m > 2048:
+        return 1.03 if even else 1.25
+    return 1.1 if m > 1024 and not even else 1.0
 
 
 def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int) -> float:

@@ -10,60 +10,17 @@ directions differ:
               of 8 x 8 matrices brings the two rows to one lane. A byte holds two operand rows.
 """
 
-from collections.abc import Sequence
-
-import jax
-
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
+from pallas_kernels.matmul.mosaic_codes import ACROSS_BYTES, ALONG_BYTES, Codes
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK
 
 STEP = 64
 OUTPUTS = 128
 TABLE = 256  # entries of the second-level scale table
-
-
-def code_planes(codebook: mg.Int, dtype: jax.typing.DTypeLike) -> list[mg.Int]:
-    """The 16 codes of a codebook in device memory: 4 words of high bytes, 4 of low bytes."""
-    # From the half of the warp that a lane is in: what ptxas knows to be the same in all lanes, it
-    # keeps in uniform registers, to move at each use.
-    code, half = pair_table.load_code(codebook), mg.thread_index() & 16
-    codes = [mg.shuffle(code, half + i) for i in range(16)]
-    pairs = [mg.pack_pair(*codes[i : i + 2], dtype) for i in range(0, 16, 2)]
-    return [
-        mg.permute(*pairs[i : i + 2], mg.Int(selector))
-        for selector in (0x7531, 0x6420)
-        for i in range(0, 8, 2)
-    ]
-
-
-# Selectors of `decode_permuted`: pairs of neighbours in a byte (the high nibble comes first along
-# K), or of the same place in two bytes.
-ALONG_BYTES = (0x4051, 0x6273)
-ACROSS_BYTES = (0x7351, 0x6240)
-
-
-def decode_permuted(
-    word: mg.Int, planes: Sequence[mg.Int], pairing: tuple[int, int] = ALONG_BYTES
-) -> list[mg.Int]:
-    """The 8 codes of a packed word as 4 pairs, without memory: 2 of each half of the word.
-
-    `planes` are those of `code_planes`. A permutation selects by 3 bits of each nibble out of 8
-    bytes, so two of them and the nibble's top bit find one of 16.
-    """
-    index = word & 0x77777777
-    choose = mg.and_or(word >> 1, mg.Int(0x44444444), mg.Int(0x32103210))
-    pairs = []
-    for shift in (0, 16):
-        low_bits, top_bits = index >> shift, choose >> shift
-        high, low = (
-            mg.permute(mg.permute(p[0], p[1], low_bits), mg.permute(p[2], p[3], low_bits), top_bits)
-            for p in (planes[:4], planes[4:])
-        )
-        pairs += [mg.permute(low, high, mg.Int(selector)) for selector in pairing]
-    return pairs
+LINE = pair_table.WIDE  # bytes between rows of x where a result is staged, in gaps of that table
 
 
 class Lane:
@@ -78,7 +35,13 @@ class Lane:
 
 
 class _Left:
-    """What the directions share: the scales of a step."""
+    """What the directions share: the scales of a step.
+
+    `permuted` are those of the 4 products of a step that are decoded by permutation: the fewer rows
+    of x a tile has, the more of its time is for the loads of decoding.
+    """
+
+    permuted: tuple[int, ...]
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -123,9 +86,10 @@ class Rows(_Left):
     box = (OUTPUTS, STEP // 2)  # of packed bytes
     swizzle = 32
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, rows: int):
         super().__init__(problem)
         self.outputs, self.contracted = problem.n, problem.k
+        self.permuted = (2,)
 
     def origin(self, output0: mg.Int, step: mg.Int) -> list[mg.Int]:
         """The weight row and packed column of a step."""
@@ -141,7 +105,7 @@ class Rows(_Left):
     def store_scale(self, address: mg.Int, scale) -> None:
         mem.store(address, mg.pack_pair(scale, scale, self.problem.dtype))
 
-    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, planes: list[mg.Int]):
+    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, codes: Codes):
         """The operand of a step: 4 words for each 16 k."""
         row = (at.warpgroup << 6) + (at.warp << 4) + at.group
         packed, twist = packed + (row << 5), row >> 2 & 1  # the swizzle
@@ -158,29 +122,31 @@ class Rows(_Left):
         pairs = [
             [mem.load_word(scales + start + 32 * half) for half in range(2)] for start in starts
         ]
-        own_bytes = at.quad * 0x11 + 0x40  # byte q of two words
+        own_byte, two_bytes = pair_table.selector(at.quad), at.quad * 0x11 + 0x40
         a = []
         for i in range(4):
-            two = slice(2 * i, 2 * i + 2)
-            bytes_ = [mg.permute(*words[two], own_bytes) for words in (upper, lower)]
-            word = mg.permute(*bytes_, mg.Int(0x5410))
-            values = decode_permuted(word, planes)
+            two = [row[2 * i : 2 * i + 2] for row in (upper, lower)]
+            if i in self.permuted:
+                bytes_ = [mg.permute(*words, two_bytes) for words in two]
+                u0, u1, l0, l1 = codes.permute(mg.permute(*bytes_, mg.Int(0x5410)), ALONG_BYTES)
+            else:
+                u0, u1, l0, l1 = (codes.look_up(word, own_byte) for words in two for word in words)
             upper_scale, lower_scale = pairs[16 * i // self.span]
-            order = ((0, upper_scale), (2, lower_scale), (1, upper_scale), (3, lower_scale))
-            a += [mg.mul_pairs(values[j], scale, self.problem.dtype) for j, scale in order]
+            order = ((u0, upper_scale), (l0, lower_scale), (u1, upper_scale), (l1, lower_scale))
+            a += [mg.mul_pairs(pair, scale, self.problem.dtype) for pair, scale in order]
         return a
 
     def stage(self, at: Lane, acc: list, staging: mg.Int, first: int) -> None:
         """Write 64 columns of the result, from `first`, to shared memory as rows of x."""
         matrix, line = at.lane >> 3, at.lane & 7
         chunk = ((at.warp << 1) + (matrix & 1)) ^ line
-        base = staging + ((matrix >> 1) << 10) + (line << 7) + (chunk << 4)
+        base = staging + ((matrix >> 1 << 3) + line) * LINE + (chunk << 4)
         for column in range(0, 64, 16):
             values = acc[(first + column) // 2 :][:8]
             words = [
                 mg.pack_pair(values[i], values[i + 1], self.problem.dtype) for i in (0, 2, 4, 6)
             ]
-            mem.store_matrices_transposed(base + column // 8 * 1024, words)
+            mem.store_matrices_transposed(base + column * LINE, words)
 
 
 class Columns(_Left):
@@ -193,9 +159,10 @@ class Columns(_Left):
     box = (STEP, OUTPUTS // 2)
     swizzle = 64
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, rows: int):
         super().__init__(problem)
         self.outputs, self.contracted = problem.k, problem.n
+        self.permuted = (1, 3) if rows > 128 else (0, 1, 2, 3)
 
     def origin(self, output0: mg.Int, step: mg.Int) -> list[mg.Int]:
         """The weight row and packed column of a step."""
@@ -214,7 +181,7 @@ class Columns(_Left):
     def store_scale(self, address: mg.Int, scale) -> None:
         mem.store(address, mg.round_to(scale, self.problem.dtype))
 
-    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, planes: list[mg.Int]):
+    def words(self, at: Lane, packed: mg.Int, scales: mg.Int, codes: Codes):
         """The operand of a step: 4 words for each 16 n."""
         chunk = (at.warpgroup << 1) + (at.warp >> 1)
         packed = packed + (at.lane << 6) + ((chunk ^ (at.lane >> 1 & 3)) << 4)
@@ -223,13 +190,19 @@ class Columns(_Left):
         block = at.warpgroup if self.span == STEP else chunk
         scales = scales + (block << 7) + (at.quad << 5)
         scales = mem.load_words(scales) + mem.load_words(scales + 16)
-        own_bytes = (at.warp & 1) * 0x1111 + 0x6420
+        odd = at.warp & 1
+        own_bytes = pair_table.selector(odd), pair_table.selector(odd + 2)  # of two weight rows
         a = []
-        for i in range(0, 8, 2):
-            word = mg.permute(pairs[i], pairs[i + 1], own_bytes)
-            values = decode_permuted(word, planes, ACROSS_BYTES)
-            for value, scale in zip(values, (scales[i],) * 2 + (scales[i + 1],) * 2):
-                a.append(mg.mul_pairs(value, scale, self.problem.dtype))
+        for i in range(4):
+            two = pairs[2 * i : 2 * i + 2]
+            if i in self.permuted:
+                word = mg.permute(*two, odd * 0x1111 + 0x6420)
+                values = codes.permute(word, ACROSS_BYTES)
+            else:
+                rows = [[codes.look_up(word, byte) for byte in own_bytes] for word in two]
+                values = [mg.permute(*r, mg.Int(half)) for r in rows for half in (0x5410, 0x7632)]
+            for j, value in enumerate(values):
+                a.append(mg.mul_pairs(value, scales[2 * i + j // 2], self.problem.dtype))
         return a
 
     def stage(self, at: Lane, acc: list, staging: mg.Int, first: int) -> None:
@@ -240,5 +213,5 @@ class Columns(_Left):
             values = acc[(first + column) // 2 :][:4]
             for i in range(2):
                 line = (at.quad << 1) + i
-                target = staging + (line << 7) + ((chunk ^ line) << 4) + place + 128 * column
+                target = staging + (line + column) * LINE + ((chunk ^ line) << 4) + place
                 mem.store(target, mg.pack_pair(values[i], values[i + 2], self.problem.dtype))

@@ -470,8 +470,10 @@ def permute(a, b, selector):
     return Register(out)
 
 
-def await_signal(address):
-    assert machine.load(address, 4)[machine.mask].any(), "waits for a block that starts later"
+def await_signal(address, tag):
+    seen = machine.load(address, 8)[machine.mask].view(np.uint64)[:, 0]
+    assert (seen == tag.value[machine.mask]).all(), "waits for a block that starts later"
+    machine.store(address, np.zeros(machine.threads, np.uint64))
 
 
 def float_of(data):
@@ -509,8 +511,10 @@ PRIMITIVES = {
     "wgmma_wait": lambda pending, a: None,
     "permute": permute,
     "sync_threads": lambda barrier, count: None,
-    "signal": lambda address: machine.store(address, Register(1)),
+    "grid_tag": lambda: Register(np.full(machine.threads, 0xF00D << 32, np.uint64)),
+    "signal": lambda address, tag: machine.store(address, tag),
     "await_signal": await_signal,
+    "fence_proxy": lambda: None,
     "store_words": lambda address, words: machine.store_bytes(
         address, np.stack([word.value for word in words], -1).view(np.uint8)
     ),
@@ -534,6 +538,9 @@ PRIMITIVES = {
         else PRIMITIVES["load_floats"](address, 4)
         + PRIMITIVES["load_floats"](address + 16, count - 4)
     ),
+    "add_floats": lambda values, address: [
+        a + b for a, b in zip(values, PRIMITIVES["load_floats"](address, 4))
+    ],
     "store": lambda address, value: machine.store(address, value),
     "copy_bulk": copy_bulk,
     "copy_async": copy_async,
