@@ -1,7 +1,7 @@
 """Time of products with many rows of x on a Hopper GPU: each tile choice, and decoding first.
 
 python benchmarks/matmul_large.py --out FILE [--shapes 4096x14336,...] [--rows 256,512,1024]
-    [--directions forward,backward] [--ways decoded,256x5x0x2]
+    [--directions forward,backward] [--ways decoded,256x4x2]
 
 Measured as in benchmarks/matmul.py, beside torch bf16 in the same run. A way is the fields of
 `LargeTiles`, or `decoded`. One that fails to compile says so and does not end the run.

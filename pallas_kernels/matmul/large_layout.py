@@ -20,7 +20,7 @@ CLUSTER = 2  # blocks
 MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
 ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
-LEAD = 4  # units of a tile that its head takes a part of alone: it waits for the tails' sums
+LEAD = 4  # units; a tile's head waits for the rest, and has LEAD / shares more than an equal share
 
 
 class Layout:
