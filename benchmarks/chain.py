@@ -1,16 +1,18 @@
 """Wall time of a chain of dependent layers, 4-bit against bf16, with and without CUDA graphs.
 
 python benchmarks/chain.py [--out FILE] [--rows 1,16,64] [--pairs 32]
-    [--shapes 4096x14336,4096x4096]
+    [--shapes 4096x14336,4096x4096] [--between none,silu]
 
-A shape K x N is a pair of products, K to N and back, each followed by an elementwise step, as in a
-transformer's MLP; every pair has its own weights. Wall time of a compiled chain, median of 15 runs
-issued without waiting in between, over the number of products. `graph` compiles with XLA's command
-buffers, which replay a captured CUDA graph; without it XLA's defaults rule.
+A shape K x N is a pair of products, K to N and back; every pair has its own weights. Between
+products lies nothing, or a silu, which XLA merges into its own product of one row of bf16. Wall
+time of a compiled chain, median of 15 runs issued without waiting in between, over the number of
+products. `graph` compiles with XLA's command buffers, which replay a captured CUDA graph; without
+it XLA's defaults rule.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -41,10 +43,12 @@ def multiply(kind: str, x: jax.Array, weight) -> jax.Array:
     return pallas_kernels.matmul(x, *weight, codebook, block_size=BLOCK)
 
 
-def chain(kind: str, x: jax.Array, weights: list) -> jax.Array:
+def chain(kind: str, between: str, x: jax.Array, weights: list) -> jax.Array:
     product = jax.jit(functools.partial(multiply, kind))  # lowered once a shape
     for weight in weights:
-        x = jax.nn.silu(product(x, weight))
+        x = product(x, weight)
+        if between == "silu":
+            x = jax.nn.silu(x)
     return x
 
 
@@ -55,9 +59,10 @@ def arguments(k: int, n: int, m: int, pairs: int, kind: str) -> tuple[jax.Array,
     return jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16), weights
 
 
-def compile_chain(k: int, n: int, m: int, pairs: int, kind: str, options: dict):
+def compile_chain(k: int, n: int, m: int, pairs: int, kind: str, between: str, options: dict):
     args = jax.eval_shape(lambda: arguments(k, n, m, pairs, kind))
-    return jax.jit(functools.partial(chain, kind)).lower(*args).compile(compiler_options=options)
+    lowered = jax.jit(functools.partial(chain, kind, between)).lower(*args)
+    return lowered.compile(compiler_options=options)
 
 
 def wall(compiled, *arguments) -> float:
@@ -77,6 +82,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,16,64")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--shapes", default="4096x14336,4096x4096")
+    parser.add_argument("--between", default="none,silu")
     args = parser.parse_args()
     sizes = [
         (*map(int, shape.split("x")), int(m), args.pairs)
@@ -84,27 +90,30 @@ def main() -> None:
         for m in args.rows.split(",")
     ]
     ways = {"default": {}, "graph": GRAPH}
+    steps = args.between.split(",")
     with ThreadPoolExecutor() as pool:
         compiled = {
-            (size, kind, way): pool.submit(compile_chain, *size, kind, options)
+            (size, kind, step, way): pool.submit(compile_chain, *size, kind, step, options)
             for size in sizes
             for kind in ("bf16", "nf4")
+            for step in steps
             for way, options in ways.items()
         }
     for size in sizes:
-        settings = dict(zip(("k", "n", "m", "pairs"), size, strict=True))
-        figures = {}
+        figures = {step: {} for step in steps}
         for kind in ("bf16", "nf4"):
             x, weights = arguments(*size, kind)
-            for way in ways:
-                seconds = wall(compiled[size, kind, way].result(), x, weights)
-                figures[f"{kind}_{way}_us"] = round(seconds * 1e6 / len(weights), 2)
+            for step, way in itertools.product(steps, ways):
+                seconds = wall(compiled[size, kind, step, way].result(), x, weights)
+                figures[step][f"{kind}_{way}_us"] = round(seconds * 1e6 / len(weights), 2)
             del weights
-        for way in ways:
-            figures[f"{way}_ratio"] = round(figures[f"bf16_{way}_us"] / figures[f"nf4_{way}_us"], 2)
-        print(json.dumps(settings | figures), flush=True)
-        if args.out:
-            matmul_report.put(args.out, "chain", settings, figures)
+        for step, times in figures.items():
+            settings = dict(zip(("k", "n", "m", "pairs"), size, strict=True)) | {"between": step}
+            for way in ways:
+                times[f"{way}_ratio"] = round(times[f"bf16_{way}_us"] / times[f"nf4_{way}_us"], 2)
+            print(json.dumps(settings | times), flush=True)
+            if args.out:
+                matmul_report.put(args.out, "chain", settings, times)
 
 
 if __name__ == "__main__":

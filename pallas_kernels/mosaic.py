@@ -102,6 +102,11 @@ def select(condition: ir.Value, yes: Int, no: Int | int) -> Int:
     return Int(arith.select(condition, yes.value, no.value))
 
 
+def select_float(condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    """The float `yes` where the condition holds, else `no`."""
+    return arith.select(condition, yes, no)
+
+
 def both(a: ir.Value, b: ir.Value) -> ir.Value:
     """Whether two conditions hold."""
     return arith.andi(a, b)
@@ -110,6 +115,8 @@ def both(a: ir.Value, b: ir.Value) -> ir.Value:
 # Control
 
 
+# LLVM does not know which instructions all lanes must run together: it may copy short code over a
+# branch on the lane into both of its sides. Keep such instructions, wgmma above all, far from one.
 when = utils.when
 
 
@@ -308,15 +315,6 @@ def update(acc, inputs, text: str, constraints: list[str]) -> list[ir.Value]:
     result = llvm.StructType.get_literal([f32()] * len(acc))
     out = asm(result, [*acc, *inputs], text, ",".join(constraints), effects=True)
     return [llvm.extractvalue(f32(), out, [i]) for i in range(len(acc))]
-
-
-def matrix_descriptor(address: Int, row_step: int, group_step: int) -> Int:
-    """A wgmma operand in shared memory, as blocks of 8 rows of 16 bytes without swizzle.
-
-    `row_step` is the bytes between blocks along k, `group_step` between those of 8 rows.
-    """
-    constant = (row_step >> 4 << 16) | (group_step >> 4 << 32)
-    return (address >> 4 & 0x3FFF).wide() + constant
 
 
 def swizzled_descriptor(address: Int) -> Int:

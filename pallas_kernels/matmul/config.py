@@ -9,7 +9,11 @@ MID_ROWS = 128  # weight rows of a block of `mosaic_mid`
 _BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
 _TILE_US = 0.1  # a tile's cost beside its bytes: barriers and the sum over warps
 _SUM_US = 1.3  # the kernel that sums slabs
-_BLOCK_US = 4.0  # a block of `mosaic_mid` beside its stages: table, first copies, result
+# Of `mosaic_mid`, from 4096 x 14336, 14336 x 4096 and 4096 x 4096 at M = 32, 64 and 128:
+_BLOCK_US = 4.0  # a block beside its panels: launch, table, first copies, result
+_PANEL_US = 0.72, 1 / 113  # a panel, and a row of x of it
+_SHARE_US = 0.045, 0.1  # of a tile in several blocks: a row of x, and a block
+_UNEVEN = 1.12  # where blocks do not begin with tiles: they read farther apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +41,13 @@ class MidTiles:
     """Tiles of `mosaic_mid`.
 
     Attributes:
-        slabs: parts of K in different blocks, summed by a second kernel when there are several.
+        blocks: blocks that share the work evenly.
         stages: panels of 256 k in flight in a warp.
         x_stages: parts of x in flight in a team of 8 warps, at least 2.
         x_depth: k of a part of x: 64, 128 or 256.
     """
 
-    slabs: int = 1
+    blocks: int = 132
     stages: int = 2
     x_stages: int = 2
     x_depth: int = 128
@@ -79,19 +83,25 @@ def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list
 
 
 def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[MidTiles]:
-    """Tiles, the least estimated time first; among equals those with more in flight."""
-    row_tiles, steps = math.ceil(n / MID_ROWS), math.ceil(k / PANEL)
-    stage_us = 0.75 + m / 130  # measured on 4096 x 14336 and 4096 x 4096
+    """Tiles, the least estimated time first."""
+    row_tiles, panels = math.ceil(n / MID_ROWS), math.ceil(k / PANEL)
+    total = row_tiles * panels
+    base, slope = _PANEL_US
 
-    def time(slabs: int) -> float:
-        waves = math.ceil(row_tiles * slabs / sms)
-        us = waves * (math.ceil(steps / slabs) * stage_us + _BLOCK_US)
-        return us + (_SUM_US if slabs > 1 else 0)
+    def even(blocks: int) -> bool:
+        """Whether all blocks begin with tiles, or all tiles with blocks."""
+        return row_tiles % blocks == 0 or blocks % row_tiles == 0
+
+    def time(blocks: int) -> float:
+        pairs = math.ceil(total / blocks / 2)  # a panel for each team
+        us = 2 * pairs * (base + slope * m) * (1 if even(blocks) else _UNEVEN) + _BLOCK_US
+        if row_tiles % blocks:
+            us += _SHARE_US[0] * m + _SHARE_US[1] * blocks / row_tiles
+        return us
 
     # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
-    flights = [(3, 2, 256), (2, 3, 256), (2, 3, 128), (2, 2, 64), (1, 2, 64)]
-    return [
-        MidTiles(slabs, *flight)
-        for slabs in sorted(range(1, min(steps, 16) + 1), key=time)
-        for flight in flights
-    ]
+    depth = 256 if m <= 32 else 128 if m <= 64 else 64
+    flights = [(2, 2, depth), (2, 3, max(64, depth // 2)), (2, 2, 64), (1, 2, 64)]
+    most = min(sms, total)
+    blocks = sorted((b for b in range(1, most + 1) if even(b) or b == most), key=time)
+    return [MidTiles(b, *flight) for flight in dict.fromkeys(flights) for b in blocks[:4]]

@@ -17,7 +17,7 @@ from pallas_kernels.matmul.problem import Operands, Problem, describe
 from pallas_kernels.scales import DoubleQuantScales
 
 MAX_ROWS = 128
-DECODE_ROWS = 16  # up to here `mosaic_decode`, above `mosaic_mid`; their times cross there
+DECODE_ROWS = 16  # up to here `mosaic_decode`, above `mosaic_mid`, where nothing was measured
 DTYPES = ("bfloat16", "float16")
 
 
@@ -69,7 +69,7 @@ def matmul(
         config: tiles; None takes the measured or estimated best.
 
     Returns:
-        x's dtype, [M, N]. Codes are rounded to that dtype; scales are too for M > 16.
+        x's dtype, [M, N]. Codes are rounded to that dtype, and by `mosaic_mid` scales too.
 
     Raises:
         NotImplementedError: with the reason that `unsupported` gives.

@@ -98,6 +98,12 @@ class PanelRing:
             words += [(four[0], four[1]), (four[2], four[3])]
         return words
 
+    def chunk(self, slot: mg.Int, chunk: int) -> list[list[mg.Int]]:
+        """All 4 words of a chunk in each of the mma rows of this lane, lane // 4 and that + 8."""
+        row = self.lane >> 2
+        start = self.place(slot) + (row << 7) + ((row ^ chunk) << 4)
+        return [mem.load_words(start), mem.load_words(start + 8 * PANEL_BYTES)]
+
     def place(self, slot: mg.Int) -> mg.Int:
         """Where the packed bytes of a panel are."""
         return self.base + (self.first + slot) * (ROWS * PANEL_BYTES)

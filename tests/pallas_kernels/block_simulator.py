@@ -346,7 +346,7 @@ def branch(condition, yes, no):
 
 def loop(stop, carry, body):
     outer, carry = machine.mask, list(carry)
-    for i in range(int(stop.value[outer].max())):
+    for i in range(int(stop.value[outer].max(initial=0))):
         machine.mask = outer & (i < stop.value)
         new = body(Register(i), carry)
         carry = [np.where(machine.mask, b, a) for a, b in zip(carry, new)]
@@ -411,16 +411,12 @@ def wgmma_start(acc, a, b, b_step, dtype):
 
 
 def right_operand(descriptor, columns, dtype):
-    """[16, columns]: blocks of 8 columns of 16 bytes along k, or columns of 128 bytes, swizzled."""
-    start, along_k, along_n = (((descriptor >> s) & 0x3FFF) << 4 for s in (0, 16, 32))
+    """[16, columns]: columns of 128 bytes along k, swizzled."""
+    assert descriptor >> 62 == 1
+    start, along_n = ((descriptor >> s & 0x3FFF) << 4 for s in (0, 32))
     k, n = np.arange(16)[:, None], np.arange(columns)[None]
-    place = start + n // 8 * along_n
-    if descriptor >> 62 == 1:
-        place = place + n % 8 * 128 + k * 2
-        place = place ^ (place >> 7 & 7) << 4
-    else:
-        assert descriptor >> 62 == 0
-        place = place + k // 8 * along_k + n % 8 * 16 + k % 8 * 2
+    place = start + n // 8 * along_n + n % 8 * 128 + k * 2
+    place = place ^ (place >> 7 & 7) << 4
     data = machine.shared[place[..., None] + np.arange(2)]
     return data.view(np.dtype(dtype))[..., 0].astype(np.float32)
 
@@ -487,6 +483,7 @@ PRIMITIVES = {
     "block_index": lambda: Register(machine.block),
     "cluster_rank": lambda: Register(machine.block % 2),
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
+    "select_float": lambda c, yes, no: np.where(c, yes, no),
     "both": lambda a, b: a & b,
     "when": when,
     "branch": branch,

@@ -104,6 +104,25 @@ def test_every_element_is_written_and_the_same_each_time(regime, double):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mid", "large"])
+def test_replayed_cuda_graphs_give_the_same(name):
+    """Sums that blocks leave to others are marked in memory that nobody clears before a replay."""
+    args, options = problem(REGIMES[name])
+    lowered = jax.jit(functools.partial(matmul, **options)).lower(*args)
+    graphs = {
+        "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL",
+        "xla_gpu_graph_min_graph_size": 1,
+    }
+    compiled = lowered.compile(compiler_options=graphs)
+    first = np.asarray(compiled(*args))
+    check(first, expected(*args[:3], options["transpose"]))
+    for i in range(50):
+        if i % 10 == 0:
+            poison()
+        np.testing.assert_array_equal(np.asarray(compiled(*args)), first)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @regimes
 def test_a_non_finite_row_stays_in_its_row(regime, value):

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.matmul import mosaic_decode, mosaic_mid
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 from pallas_kernels.matmul.problem import describe
+from tests.pallas_kernels import block_simulator
 from tests.pallas_kernels.block_simulator import simulate
 from tests.pallas_kernels.test_matmul_mosaic import random_call
 
@@ -28,15 +29,18 @@ def run_decode(monkeypatch, problem, operands, tiles):
 
 def run_mid(monkeypatch, problem, operands, tiles):
     layout = mosaic_mid.Layout(problem, tiles)
-    operands = operands._replace(x=np.asarray(mosaic_mid.arrange(operands.x)))
-    dtype = problem.dtype if tiles.slabs == 1 else np.float32
-    out = np.full((tiles.slabs, problem.m, problem.n), np.nan, jnp.dtype(dtype))
+    out = np.full((1, problem.m, problem.n), np.nan, jnp.dtype(problem.dtype))
+    sums = []
 
     def make(refs, out, scratch):
-        return mosaic_mid._Block(problem, tiles, layout, refs, out, scratch)
+        # What was in memory before does not matter.
+        if not sums:
+            poison = [np.full(s.shape, -1, np.int32).view(s.dtype) for s in layout.sums()]
+            sums.extend(block_simulator.machine.allocate_global(array) for array in poison)
+        return mosaic_mid._Block(None, problem, tiles, layout, refs, out, sums, scratch)
 
-    blocks = layout.row_tiles * tiles.slabs
-    return simulate(monkeypatch, layout, tiles, blocks, mosaic_mid.THREADS, operands, out, make)
+    threads = mosaic_mid.THREADS
+    return simulate(monkeypatch, layout, tiles, layout.blocks, threads, operands, out, make)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +64,14 @@ def test_decode_body(monkeypatch, shape, tiles, kinds):
 @pytest.mark.parametrize(
     "shape, tiles, kinds",
     [
-        ((20, 150, 1024), MidTiles(1, 2, 3, 128), {}),
-        ((33, 40, 2880), MidTiles(2, 3, 2, 256), dict(double=True)),
+        ((20, 150, 1024), MidTiles(2, 2, 3, 128), {}),
+        ((33, 40, 2880), MidTiles(2, 3, 2, 128), dict(double=True)),
         ((72, 37, 768, 32), MidTiles(1, 1, 4, 64), dict(layers=2)),
-        ((17, 130, 1536, 512), MidTiles(3, 2, 3, 128), dict(dtype="float16")),
+        ((17, 130, 1536, 512), MidTiles(9, 2, 3, 128), dict(dtype="float16")),
         ((24, 20, 4096, 2048), MidTiles(2, 4, 2, 64), dict(double=True, layers=2)),
+        ((104, 304, 352, 32), MidTiles(4, 2, 2, 64), {}),
+        ((11, 270, 2560), MidTiles(7, 2, 2, 256), {}),
+        ((41, 200, 1280), MidTiles(5, 2, 2, 128), {}),
     ],
 )
 def test_mid_body(monkeypatch, shape, tiles, kinds):
