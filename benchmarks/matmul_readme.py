@@ -52,6 +52,17 @@ def models_table(report: dict) -> str:
     return markdown(["K x N", "rows of x", "qjax, us", "ratio"], rows)
 
 
+def chain_table(report: dict) -> str:
+    """Wall times of dependent layers."""
+    ways = "default", "graph"
+    head = ["K x N and back", "rows of x", "between", "us", "ratio", "us, CUDA graphs", "ratio"]
+    rows = []
+    for row in sorted(report["chain"], key=lambda r: (-r["n"], r["m"], r["between"])):
+        figures = (row[name] for way in ways for name in (f"nf4_{way}_us", f"{way}_ratio"))
+        rows.append([f"{row['k']} x {row['n']}", row["m"], row["between"], *figures])
+    return markdown(head, rows)
+
+
 def model_rows(report: dict) -> list[dict]:
     """The measured cells of real models, the least ratio first."""
     rows = [
@@ -70,14 +81,6 @@ def summary(report: dict) -> list[str]:
             f"Over {len(models)} shapes of Llama, Mistral, Qwen3 and gpt-oss layers, with 1 to 64 "
             f"rows, the median is {middle['ratio']:.2f}, the worst {worst['ratio']:.2f} "
             f"({worst['k']} x {worst['n']}, {worst['m']} rows)."
-        )
-    for row in report.get("chain", []):
-        rows = "1 row" if row["m"] == 1 else f"{row['m']} rows"
-        found.append(
-            f"{2 * row['pairs']} dependent layers, {row['k']} x {row['n']} and back, {rows}, wall "
-            f"time of a product: {row['nf4_default_us']} us, {row['default_ratio']:.2f} times as "
-            f"fast as JAX's bf16; with CUDA graphs {row['nf4_graph_us']} us, "
-            f"{row['graph_ratio']:.2f} times."
         )
     for row in report.get("decode_step", []):
         graph = ", CUDA graphs" if row["graph"] else ""
@@ -111,7 +114,14 @@ def section(report: dict) -> str:
     if any("*" in table for table in tables):
         parts.append(f"\\* To another reference than PyTorch in the same run:\n{others(report)}.")
     found = [textwrap.fill(f"- {line}", 100, subsequent_indent="  ") for line in summary(report)]
-    return "\n\n".join([*parts, "\n".join(found)])
+    parts.append("\n".join(found))
+    if "chain" in report:
+        intro = (
+            "A chain of 64 products, each of the result of the one before it, with nothing or SiLU "
+            "between them: wall time of a product, and how many times as fast as JAX's bf16."
+        )
+        parts += [textwrap.fill(intro, 100), chain_table(report)]
+    return "\n\n".join(parts)
 
 
 def others(report: dict) -> str:
