@@ -55,6 +55,18 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", "pallas_kernels.quantize.triton", "Triton kernel"),
         Backend("xla", "pallas_kernels.quantize.xla", "XLA"),
     ),
+    "adapted_matmul": (
+        Backend("mosaic_gpu", "pallas_kernels.adapted_matmul.mosaic_gpu", "Hopper kernels"),
+        Backend("xla", "pallas_kernels.adapted_matmul.xla", "matmul, and sums by XLA"),
+    ),
+    "prepare_input": (
+        Backend("triton", "pallas_kernels.prepare_input.triton", "Triton kernel"),
+        Backend("xla", "pallas_kernels.prepare_input.xla", "XLA"),
+    ),
+    "append_attention": (
+        Backend("triton", "pallas_kernels.append_attention.triton", "Triton kernel"),
+        Backend("xla", "pallas_kernels.append_attention.xla", "XLA reductions"),
+    ),
     "decode_attention": (
         Backend("triton", "pallas_kernels.decode_attention.triton", "Triton kernel"),
         Backend("xla", "pallas_kernels.decode_attention.xla", "XLA reductions"),
@@ -140,7 +152,7 @@ def _slower(backend: Backend, args: tuple, options: dict) -> str | None:
 
 def _measured(op: str, where: Target, args: tuple, options: dict) -> user_tiles.Choice | None:
     """What `qjax tune` found for a matmul on this device, or None."""
-    if op != "matmul" or not where.is_cuda:
+    if op not in ("matmul", "adapted_matmul") or not where.is_cuda:
         return None
     x, packed, scales, *_ = args
     n, half = packed.shape[-2:]

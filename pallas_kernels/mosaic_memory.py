@@ -36,6 +36,12 @@ def load_float(address: mg.Int) -> ir.Value:
     return llvm.load(f32(), _pointer(address), alignment=4)
 
 
+def load_half(address: mg.Int, dtype) -> ir.Value:
+    """Load a 16-bit float as a float."""
+    half = llvm.load(mg.element_type(dtype), _pointer(address), alignment=2)
+    return arith.extf(f32(), half)
+
+
 def load_floats(address: mg.Int, count: int) -> list[ir.Value]:
     """Load 1, 2 or a multiple of 4 consecutive floats, aligned to that width."""
     if count == 1:
@@ -69,6 +75,11 @@ def load_byte(address: mg.Int) -> mg.Int:
     """Load a byte."""
     byte = llvm.load(ir.IntegerType.get_signless(8), _pointer(address), alignment=1)
     return mg.Int(arith.extui(i32(), byte))
+
+
+def prefetch(address: mg.Int) -> None:
+    """Start to bring what is at a global address to the L2 cache."""
+    mg.asm(None, [address], "prefetch.global.L2 [$0];", "l,~{memory}", effects=True)
 
 
 def store(address: mg.Int, value: mg.Int | ir.Value) -> None:

@@ -25,6 +25,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from pallas_kernels.dispatch import target
+from qjax.ops.lora import FEW_ROWS
 from qjax.sampling import Sampling, choose, make_sampling
 
 
@@ -191,7 +192,7 @@ class _State(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class _Params:
-    """The arrays of a model; with `by_columns`, A of its adapters are transposed."""
+    """The arrays of a model; with `by_columns`, its adapters are transposed."""
 
     adapters: Any
     rest: Any
@@ -231,8 +232,8 @@ def _start(
     pad = ((0, 0), (prompt - ids.shape[1], 0))
     if attention_mask is not None:
         ids, attention_mask = jnp.pad(ids, pad), jnp.pad(attention_mask, pad)
-    # Once, as each product would; and A as the products of one row on a GPU read it.
-    by_columns = len(ids) == 1 and target().is_cuda
+    # Once, as each product would; and transposed as the kernels for few rows read them.
+    by_columns = len(ids) <= FEW_ROWS and target().is_cuda
     params = _Params(_cast(adapters, model.dtype, by_columns), rest, by_columns)
     logits, lengths, cache = _prefill(graphdef, params, ids, attention_mask, slots, kv_format)
     token, tokens, done = _first(logits, slots, sampling)
@@ -303,15 +304,17 @@ def _model(graphdef, params: _Params) -> Any:
                 layer.lora_by_columns = True
             else:  # of another kind, or DoRA's, which is also multiplied by B
                 layer.lora_a = layer.lora_a.replace(layer.lora_a[...].mT)
+                layer.lora_b = layer.lora_b.replace(layer.lora_b[...].mT)
     return nnx.view(model, deterministic=True, raise_if_not_found=False)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _cast(adapters, dtype, by_columns: bool):
-    """Cast adapters, and transpose every A for `by_columns`."""
+    """Cast adapters, and transpose every A and B for `by_columns`."""
 
     def one(path, leaf):
-        turn = by_columns and any(getattr(key, "key", None) == "lora_a" for key in path)
+        names = {getattr(key, "key", None) for key in path}
+        turn = by_columns and not names.isdisjoint(("lora_a", "lora_b"))
         return (leaf.mT if turn else leaf).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, adapters)

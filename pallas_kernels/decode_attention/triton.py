@@ -28,32 +28,40 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 def decode_attention(q, k, v, mask, length, *, scale, layer=None, interpret=False):
     """See `pallas_kernels.decode_attention`. `interpret` runs the kernel's jnp on any device."""
+    return attend(q, k, v, mask, length, (), scale=scale, layer=layer, interpret=interpret)[0]
+
+
+def attend(q, k, v, mask, length, turn, *, scale, layer, interpret):
+    """Return the result, and k and v; with a `turn` (cos, sin), as `append_attention` says."""
     batch, kv_heads, slots, head_dim = k.shape[-4:]
-    group = q.shape[1] // kv_heads
+    group = q.shape[1] // kv_heads - (2 if turn else 0)
     splits = choose_splits(batch * kv_heads, slots)
     parts = batch * kv_heads * splits
     shapes = [(parts, group, head_dim), (parts, group), (parts, group)]
+    out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    caches = [x.reshape(-1, batch * kv_heads, slots, head_dim) for x in (k, v)]
+    operands = [layer_index(layer), jnp.asarray(length, jnp.int32).reshape(1), q, *caches, mask]
+    aliases = {}
+    if turn:
+        operands += turn
+        out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches]
+        aliases = {3: 3, 4: 4}
     kernel = functools.partial(
-        _kernel, kv_heads=kv_heads, slots=slots, head_dim=head_dim, splits=splits, scale=scale
+        _kernel, group=group, kv_heads=kv_heads, splits=splits, scale=scale, appends=bool(turn)
     )
-    sums, tops, totals = triton_call(
+    sums, tops, totals, *caches = triton_call(
         kernel,
         grid=parts,
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        out_shape=out_shape,
         interpret=interpret,
-        name="decode_attention_triton",
-    )(
-        layer_index(layer),
-        jnp.asarray(length, jnp.int32).reshape(1),
-        q.reshape(batch * kv_heads, group, head_dim),
-        k.reshape(-1, batch * kv_heads, slots, head_dim),
-        v.reshape(-1, batch * kv_heads, slots, head_dim),
-        mask,
-    )
+        name="append_attention_triton" if turn else "decode_attention_triton",
+        aliases=aliases,
+    )(*operands)
     sums, tops, totals = (
         x.reshape(batch * kv_heads, splits, group, -1) for x in (sums, tops, totals)
     )
-    return _combine(sums, tops, totals).reshape(q.shape).astype(q.dtype)
+    out = _combine(sums, tops, totals).reshape(batch, -1, head_dim).astype(q.dtype)
+    return out, *(x.reshape(k.shape) for x in caches)
 
 
 def unsupported(q, k, v, mask, length, *, scale, layer=None) -> str | None:
@@ -95,32 +103,53 @@ def _kernel(
     k_ref,
     v_ref,
     mask_ref,
-    sums_ref,
-    tops_ref,
-    totals_ref,
-    *,
+    *refs,
+    group,
     kv_heads,
-    slots,
-    head_dim,
     splits,
     scale,
+    appends,
 ):
+    turn_refs, refs = refs[: 2 * appends], refs[2 * appends :]
+    sums_ref, tops_ref, totals_ref, *cache_refs = refs
+    slots, head_dim = k_ref.shape[2:]
     lanes = pl.next_power_of_2(head_dim)
-    group = q_ref.shape[1]
-    part, layer = pl.program_id(0), layer_ref[0]
+    part, layer, length = pl.program_id(0), layer_ref[0], length_ref[0]
     head, split = part // splits, part % splits
+    row, kv_head = head // kv_heads, head % kv_heads
     lane = jax.lax.broadcasted_iota(jnp.int32, (lanes,), 0)
-    queries = [scale * _read(q_ref.at[head, g, lane], lane < head_dim) for g in range(group)]
+    inside = lane < head_dim
+
+    def read_head(index, turned=appends):
+        x = _read(q_ref.at[row, index, lane], inside)
+        if not turned:
+            return x
+        half = head_dim // 2
+        other = _read(q_ref.at[row, index, (lane + half) % head_dim], inside)
+        cos, sin = (_read(ref.at[row, lane % half], inside) for ref in turn_refs)
+        return x * cos + jnp.where(lane < half, -other, other) * sin
+
+    queries = [scale * read_head(kv_head * group + g) for g in range(group)]
+    new = ()
+    if appends:
+        heads = group * kv_heads
+        new = read_head(heads + kv_head), read_head(heads + kv_heads + kv_head, turned=False)
+        new = [x.astype(k_ref.dtype) for x in new]
 
     def add_tile(i, carry):
         first = (split + i * splits) * TILE
         slot = first + jax.lax.broadcasted_iota(jnp.int32, (TILE,), 0)
-        seen = plt.load(mask_ref.at[head // kv_heads, slot], mask=slot < slots, other=False)
-        row = first + jax.lax.broadcasted_iota(jnp.int32, (TILE, lanes), 0)
+        seen = plt.load(mask_ref.at[row, slot], mask=slot < slots, other=False)
+        place = first + jax.lax.broadcasted_iota(jnp.int32, (TILE, lanes), 0)
         column = jax.lax.broadcasted_iota(jnp.int32, (TILE, lanes), 1)
-        inside = (row < jnp.minimum(slots, length_ref[0])) & (column < head_dim)
-        keys = _read(k_ref.at[layer, head, row, column], inside)
-        values = _read(v_ref.at[layer, head, row, column], inside)
+        used = (place < jnp.minimum(slots, length)) & (column < head_dim)
+        keys = _read(k_ref.at[layer, head, place, column], used)
+        values = _read(v_ref.at[layer, head, place, column], used)
+        if appends:
+            keys, values = (
+                jnp.where(place == length - 1, x.astype(jnp.float32)[None, :], held)
+                for x, held in zip(new, (keys, values))
+            )
         out = []
         for query, (sums, top, total) in zip(queries, carry):
             logits = jnp.sum(keys * query[None, :], axis=1)
@@ -133,13 +162,17 @@ def _kernel(
             out.append((sums, new_top, total * factor + jnp.sum(weights)))
         return tuple(out)
 
-    tiles = pl.cdiv(length_ref[0], TILE)
+    tiles = pl.cdiv(length, TILE)
     mine = pl.cdiv(jnp.maximum(tiles - split, 0), splits)
     start = (jnp.zeros((lanes,), jnp.float32), jnp.float32(_LOWEST), jnp.float32(0))
     for g, (sums, top, total) in enumerate(jax.lax.fori_loop(0, mine, add_tile, (start,) * group)):
-        plt.store(sums_ref.at[part, g, lane], sums, mask=lane < head_dim)
+        plt.store(sums_ref.at[part, g, lane], sums, mask=inside)
         tops_ref[part, g] = top
         totals_ref[part, g] = total
+    # The only program that has read this slot, and put the new token in its place, writes it.
+    writes = inside & ((tiles - 1) % splits == split)
+    for ref, x in zip(cache_refs, new):
+        plt.store(ref.at[layer, head, length - 1, lane], x, mask=writes)
 
 
 def _read(ref, mask) -> jax.Array:

@@ -18,8 +18,9 @@ from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import PANEL, DecodeTiles
+from pallas_kernels.matmul.mosaic_low_rank import LowRank
 from pallas_kernels.matmul.mosaic_panels import CHUNK, CHUNKS, ROWS, PanelLayout, TensorPanels
-from pallas_kernels.matmul.problem import Operands, Problem
+from pallas_kernels.matmul.problem import Operands, Problem, add_slabs
 
 COLUMN = ROWS + 4  # floats between columns of a partial result: no bank conflict when it is written
 
@@ -70,6 +71,11 @@ class _Block:
         self.together = tiles.together and layout.steps == 1
         self.table = mem.shared_address(scratch["table"])
         self.partials = mem.shared_address(scratch["partials"])
+        self.adapter, self.adapter_steps = None, []
+        if problem.rank:
+            self.adapter = LowRank(problem, refs, self.ring.layer)
+            self.adapter_steps = self.adapter.steps(self.warp, tiles.warps, slab.equals(0))
+        self.residual = [mem.global_address(ref) for ref in refs.residual]
         self.x_rows = mem.shared_address(scratch["x"])
 
     def unit(self, i: mg.Int, step: int) -> mg.Int:
@@ -89,6 +95,9 @@ class _Block:
         slot = self.unit(i, step) % self.tiles.stages
         panel, last = (self.first_panel + p for p in (self.panel(step), self.slab_panels - 1))
         self.ring.start(slot, self.row(i), panel, i < self.count, last)
+        if step == 0:
+            for part, wanted in self.adapter_steps:
+                self.adapter.prefetch(self.row(i), part, mg.both(wanted, i < self.count))
 
     def copy_ahead(self, i: mg.Int, step: int) -> None:
         """Start to copy the panel that takes the place of a panel of tile i."""
@@ -142,14 +151,25 @@ class _Block:
 
     # Products
 
-    def multiply(self, i: mg.Int, x: list) -> list[list]:
-        """This warp's partial product of tile i: 4 floats for each group of 8 columns."""
+    def multiply(self, i: mg.Int, x: list, adapter: list[mg.Value]) -> list[list]:
+        """This warp's partial product of tile i: 4 floats for each group of 8 columns.
+
+        `adapter` is what `load_adapter` gave for the tile.
+        """
         acc = [[mg.zero()] * 4 for _ in range(self.layout.columns)]
         for step in range(self.layout.steps):
             unit = self.unit(i, step)
             self.ring.wait(unit % self.tiles.stages, unit // self.tiles.stages & 1)
             self.multiply_panel(i, step, x, acc)
+        if self.adapter is not None:
+            self.adapter.add(adapter, self.adapter_steps, acc)
         return acc
+
+    def load_adapter(self, i: mg.Int) -> list[mg.Value]:
+        """Start to load this warp's steps of the adapter for tile i."""
+        if self.adapter is None:
+            return []
+        return self.adapter.load(self.row(i), self.adapter_steps, self.layout.columns)
 
     def multiply_panel(self, i: mg.Int, step: int, x: list, acc: list[list]) -> None:
         """Add a panel's products to `acc`; its place is refilled as soon as it is read."""
@@ -207,6 +227,8 @@ class _Block:
         values = [mem.load_float(base + warp * stride) for warp in range(self.tiles.warps)]
         place = (column * self.problem.n + row).wide()
         dtype = self.problem.dtype if self.tiles.slabs == 1 else jnp.float32
+        if self.tiles.slabs == 1:
+            values += [mem.load_half(r + (place << 1), dtype) for r in self.residual]
         value = mg.round_to(mg.tree_sum(values), dtype)
         mem.store(self.out + place * jnp.dtype(dtype).itemsize, value)
 
@@ -231,17 +253,18 @@ class _Block:
         x = [[mg.select(valid, word, 0) for word in words] for valid, words in x]
         mg.sync_block()
 
-        def body(i: mg.Int, _) -> list:
-            self.write_partial(i, self.multiply(i, x))
+        def body(i: mg.Int, adapter: list) -> list:
+            self.write_partial(i, self.multiply(i, x, adapter))
+            adapter = self.load_adapter(i + 1)  # early, so that a tile's products hide its latency
             mg.sync_block()
             if self.together:
                 # All at once, so that the memory sees whole rows of the tile: 1.0 us of 15.4.
                 self.copy_ahead(i, 0)
             with mg.when((self.warp >> 2).equals(i % (warps // 4))):
                 self.reduce(i)
-            return []
+            return adapter
 
-        mg.loop(self.count, [], body)
+        mg.loop(self.count, self.load_adapter(mg.Int(0)), body)
 
 
 @functools.cache
@@ -253,8 +276,9 @@ def build(problem: Problem, tiles: DecodeTiles, sms: int):
     if tiles.slabs > 1:
         out = jax.ShapeDtypeStruct((tiles.slabs, *shape), jnp.float32)
 
-    def qjax_matmul_decode(x, packed, scales, codebook, layer, out, scratch):
-        refs = Operands(x, packed, scales, codebook, layer)
+    def qjax_matmul_decode(*refs_out_scratch):
+        *refs, out, scratch = refs_out_scratch
+        refs = Operands(*refs)
         types = jax.tree.map(lambda _: plgpu.RefType(), (refs, out, scratch))
 
         @plgpu.inline_mgpu(arg_types=types)
@@ -276,6 +300,6 @@ def build(problem: Problem, tiles: DecodeTiles, sms: int):
 
     def call(operands: Operands) -> jax.Array:
         y = kernel(*operands)
-        return y if tiles.slabs == 1 else y.sum(axis=0).astype(problem.dtype)
+        return y if tiles.slabs == 1 else add_slabs(y, operands, problem.dtype)
 
     return call

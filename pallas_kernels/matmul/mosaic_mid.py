@@ -13,6 +13,7 @@ operand, in its natural order, in a ring of parts for each team.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import MID_ROWS as ROWS
 from pallas_kernels.matmul.config import PANEL, MidTiles
+from pallas_kernels.matmul.mosaic_low_rank import LowRank
 from pallas_kernels.matmul.mosaic_panels import CHUNK, LanePanels, PanelLayout
 from pallas_kernels.matmul.mosaic_x import TEAM, XLayout, XRing
-from pallas_kernels.matmul.problem import Operands, Problem
+from pallas_kernels.matmul.problem import OPERANDS, Operands, Problem
 
 TEAMS = 2
 WARPS = TEAMS * TEAM
@@ -107,6 +109,8 @@ class _Block:
         if layout.splits:
             self.sums, self.marks = (mem.global_address(ref) for ref in sums)
             self.tag = mem.grid_tag()
+        self.adapter = LowRank(problem, refs, self.ring.layer) if problem.rank else None
+        self.residual = [mem.global_address(ref) for ref in refs.residual]
         self.table = mem.shared_address(scratch["table"])
         self.staging = mem.shared_address(scratch["staging"])
 
@@ -193,14 +197,51 @@ class _Block:
         begins = self.first < head + 1
         start = self.team_panels(mg.select(begins, head, self.first))
         stop = self.team_panels(tail.at_most(self.end))
+        adapter = self.load_adapter(tile, begins)
         acc = [mg.zero()] * (self.layout.columns // 2)
         acc = mg.loop(stop - start, acc, lambda i, acc: self.run_panel(start + i, acc))
+        acc = self.add_adapter(acc, adapter)
         if not self.layout.splits:
             self.store(self.exchange(acc), tile)
             return
         last = self.layout.share_of(tail - 1)
         others = mg.select(self.end < tail, last - self.share, 0)
         mg.branch(begins, lambda: self.finish(acc, others, tile), lambda: self.leave_sums(acc))
+
+    # What is added
+
+    def load_adapter(self, tile: mg.Int, begins: mg.Value) -> list:
+        """By one team of the block with a tile's start: (what `LowRank.load` takes, its words)."""
+        if self.adapter is None:
+            return []
+        row, columns = tile * ROWS + self.warp_row, self.layout.columns // 8
+        steps = self.adapter.steps(mg.Int(0), 1, mg.both(begins, self.team.equals(0)))
+        arguments = [(row, [step], columns) for step in steps]
+        # The panels hide the latency of the first; for more there are no registers.
+        early = [self.adapter.load(*arguments[0])]
+        return list(itertools.zip_longest(arguments, early))
+
+    def add_adapter(self, acc: list, adapter: list) -> list:
+        """Add its term: wgmma's sums of a warp are those of mma, of 16 rows."""
+        parts = _pairs(acc)
+        for arguments, words in adapter:
+            words = self.adapter.load(*arguments) if words is None else words
+            self.adapter.add(words, arguments[1], parts)
+        return _flat(parts)
+
+    def add_residual(self, kept: list[list], tile: mg.Int) -> list[list]:
+        """Add to the columns that `exchange` gave what is added to y; past its end nothing is."""
+        m, n = self.problem.m, self.problem.n
+        row = tile * ROWS + self.warp_row + (self.lane >> 2)
+        column = (self.team << 3) + ((self.lane & 3) << 1)
+        for source in self.residual:
+            for i, pair in enumerate(kept):
+                for r in range(4):
+                    place = (column + (PAIR * i + r % 2)).at_most(m - 1) * n
+                    place = place + (row + 8 * (r // 2)).at_most(n - 1)
+                    value = mem.load_half(source + (place << 1).wide(), self.problem.dtype)
+                    pair[r] = mg.add(pair[r], value)
+        return kept
 
     # Results: a thread has 4 sums of each 8 columns, of which a team finishes every other.
 
@@ -277,6 +318,7 @@ class _Block:
 
     def store(self, kept: list[list], tile: mg.Int) -> None:
         """Write a tile's columns to y."""
+        kept = self.add_residual(kept, tile)
         if self.problem.n % 8:
             self.store_elements(kept, tile)
             return
@@ -372,9 +414,8 @@ def build(problem: Problem, tiles: MidTiles):
     layout = Layout(problem, tiles)
     out = jax.ShapeDtypeStruct((problem.m, problem.n), problem.dtype)
 
-    def qjax_matmul_mid(x, packed, scales, codebook, layer, out, *rest):
-        *sums, scratch = rest
-        refs = Operands(x, packed, scales, codebook, layer)
+    def qjax_matmul_mid(*arrays):
+        refs, (out, *sums, scratch) = Operands(*arrays[:OPERANDS]), arrays[OPERANDS:]
         arguments = (refs, out, tuple(sums), scratch)
         types = jax.tree.map(lambda _: plgpu.RefType(), arguments)
 

@@ -10,13 +10,24 @@ from pallas_kernels.scales import DoubleQuantScales
 
 
 class Operands(NamedTuple):
-    """The arrays of a call; `scales` is (scales,) or (codes, absmax, offset, table, origin)."""
+    """The arrays of a call.
+
+    Attributes:
+        scales: (scales,) or (codes, absmax, offset, table, origin).
+        adapter: (hidden, b) of an adapter, or ().
+        residual: (what is added to the result,), or ().
+    """
 
     x: jax.Array
     packed: jax.Array
     scales: tuple[jax.Array, ...]
     codebook: jax.Array
     layer: jax.Array
+    adapter: tuple[jax.Array, ...] = ()
+    residual: tuple[jax.Array, ...] = ()
+
+
+OPERANDS = len(Operands._fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +40,9 @@ class Problem:
         pitch: with `double`, scales in a row of the whole weight.
         groups: with `double`, second-level values of one slice.
         stacked_table: with `double`, each slice has its own 8-bit table.
+        rank: of an adapter, hidden[M, sections * rank] @ B[N, rank].T, that is added; 0 for none.
+        sections: rows of W that share a part of `hidden`, in order.
+        residual: whether an array [M, N] is added.
     """
 
     m: int
@@ -41,11 +55,22 @@ class Problem:
     pitch: int = 0
     groups: int = 0
     stacked_table: bool = False
+    rank: int = 0
+    sections: tuple[int, ...] = ()
+    residual: bool = False
 
     @property
     def blocks(self) -> int:
         """Scales in a row."""
         return self.k // self.block_size
+
+
+def add_slabs(y: jax.Array, operands: Operands, dtype: str) -> jax.Array:
+    """Sum the parts [slabs, M, N] of a result and what is added to it."""
+    total = y.sum(axis=0)
+    for residual in operands.residual:
+        total = total + residual.astype(jnp.float32)
+    return total.astype(dtype)
 
 
 def describe(

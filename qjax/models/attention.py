@@ -11,11 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import decode_attention
 from pallas_kernels.dispatch import target
-from qjax.models.cache import KVCache, attend_one, read, write
+from qjax.models.cache import KVCache, append_one, attend_one, read, write
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.norm import make_norm
 from qjax.models.rope import rotate
+from qjax.models.step_linear import is_step, linear
 
 
 class Attention(nnx.Module):
@@ -41,22 +42,43 @@ class Attention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros((config.num_attention_heads,), param_dtype))
 
     def __call__(
-        self, x: jax.Array, context: Context, cache: KVCache | None, layer
+        self, x: jax.Array, context: Context, cache: KVCache | None, layer, norm=None, residual=None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Map [B, T, hidden] to the same and the cache, written at `layer`."""
-        c = self.config
-        q, k, v = self._project(x)
+        """Map [B, T, hidden] to the same and the cache, written at `layer`.
+
+        Args:
+            norm: applied to x first.
+            residual: added to the result.
+        """
+        step = is_step(x, cache)
+        if step and cache is not None and self._appends(context, cache):
+            qkv = linear(self.qkv_proj, x, before=norm, step=step)
+            qkv = qkv.reshape(len(x), -1, self.config.head_dim)
+            known: Any = context.mask, context.rope, self.config.attention_scale
+            out, cache = append_one(qkv, cache, layer, *known)
+        else:
+            q, k, v = self._project(x, norm, step)
+            out, cache = self._attend(q, k, v, context, cache, layer)
+        out = out.reshape(*x.shape[:2], -1)
+        return linear(self.o_proj, out, residual=residual, step=step), cache
+
+    def _appends(self, context: Context, cache: KVCache) -> bool:
+        """Whether one kernel can rotate, write and attend."""
+        c, mask, rope = self.config, context.mask, context.rope
+        plain = c.fused_qkv == "sections" and not c.qk_norm and context.bias is None
+        plain = plain and c.attention_softcap is None and not c.attention_sinks
+        old = mask is not None and mask.shape[-1] == cache.slots and not cache.is_fresh
+        turned = rope is not None and 2 * rope[0].shape[-1] == c.head_dim
+        return plain and old and turned and not cache.is_packed
+
+    def _attend(self, q, k, v, context: Context, cache: KVCache | None, layer):
+        """Return what the queries see, [B, T, heads, head_dim], and the cache."""
+        c, mask = self.config, context.mask
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        out, cache = self._attend(q, k, v, context, cache, layer)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
-
-    def _attend(self, q, k, v, context: Context, cache: KVCache | None, layer):
-        """Return what the queries see, [B, T, heads, head_dim], and the cache."""
-        c, mask = self.config, context.mask
         scale = c.attention_scale
         more = c.attention_softcap, self.sinks[...] if c.attention_sinks else None
         if cache is not None:
@@ -72,14 +94,15 @@ class Attention(nnx.Module):
         own_values = self.config.num_key_value_heads == self.config.num_attention_heads
         return {"v_proj": ("o_proj/kernel",)} if own_values and hasattr(self, "v_proj") else {}
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: jax.Array, norm, step) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values [B, T, heads, head_dim]."""
         c = self.config
         heads = (*x.shape[:2], -1, c.head_dim)
         if c.fused_qkv is None:
+            x = x if norm is None else norm(x)
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             return q.reshape(heads), k.reshape(heads), v.reshape(heads)
-        qkv = self.qkv_proj(x)
+        qkv = linear(self.qkv_proj, x, before=norm, step=step)
         if x.shape[1] == 1:  # each use of it would sum up the adapter again
             qkv = jax.lax.optimization_barrier(qkv)
         if c.fused_qkv == "heads":

@@ -17,6 +17,7 @@ from qjax.models.context import Context
 from qjax.models.experts import MixtureMLP
 from qjax.models.mlp import MLP
 from qjax.models.norm import make_norm
+from qjax.models.step_linear import is_step
 
 # What reads the input of each half.
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -59,6 +60,11 @@ class Block(nnx.Module):
             context: of this kind of layer.
             cache: written at `layer`, or None to attend within x alone.
         """
+        if self.kind == "pre":
+            x, cache = self.self_attn(
+                x, context, cache, layer, norm=self.input_layernorm, residual=x
+            )
+            return self._feed(checkpoint_name(x, "stream"), is_step(x, cache)), cache
         normed = x if self.kind == "post" else self.input_layernorm(x)
         attended, cache = self.self_attn(normed, context, cache, layer)
         if self.kind == "post":
@@ -68,12 +74,16 @@ class Block(nnx.Module):
             x = checkpoint_name(x + self.post_attention_layernorm(attended), "stream")
             fed = self.mlp(self.pre_feedforward_layernorm(x))
             x = x + self.post_feedforward_layernorm(fed)
-        elif self.kind == "parallel":
-            x = x + attended + self.mlp(self.post_attention_layernorm(x))
         else:
-            x = checkpoint_name(x + attended, "stream")
-            x = x + self.mlp(self.post_attention_layernorm(x))
+            x = x + attended + self.mlp(self.post_attention_layernorm(x))
         return x, cache
+
+    def _feed(self, x: jax.Array, step: bool) -> jax.Array:
+        """The second half of a block of kind "pre"."""
+        norm = self.post_attention_layernorm
+        if isinstance(self.mlp, MLP):
+            return self.mlp(x, norm=norm, residual=x, step=step)
+        return x + self.mlp(norm(x))
 
 
 def _kernels(half: nnx.Module, name: str, layers: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import decode_attention
+from pallas_kernels import append_attention, decode_attention
 from qjax.models.packed_cache import (
     BITS,
     PackedKeys,
@@ -133,6 +133,33 @@ def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> j
     if isinstance(k, tuple):
         k, v, index = k[layer], v[layer], None
     return decode_attention(q[:, 0], k, v, mask, written, scale=scale, layer=index)[:, None]
+
+
+def append_one(
+    qkv: jax.Array, cache: KVCache, layer, mask: jax.Array, rope: tuple[jax.Array, jax.Array], scale
+) -> tuple[jax.Array, KVCache]:
+    """Rotate one query and key a row, `write` into a float cache, and `attend_one`, in one.
+
+    Args:
+        qkv: [B, heads + 2 kv_heads, head_dim], in this order.
+        mask: as in `attend_one`, with the new token.
+        rope: cosines and sines [B, 1, 1, head_dim / 2].
+        scale: as in `attend`.
+
+    Returns:
+        [B, 1, heads, head_dim] in qkv's dtype, and the cache; see `write` for what is the caller's.
+    """
+    mask = jnp.broadcast_to(mask[:, 0, 0], cache.valid.shape)
+    cos, sin = (jnp.broadcast_to(a[:, 0, 0], (len(qkv), a.shape[-1])) for a in rope)
+    k: Any = cache.k
+    v: Any = cache.v
+    is_list, written = isinstance(k, tuple), jnp.asarray(cache.length) + 1
+    held, index = ((k[layer], v[layer]), None) if is_list else ((k, v), layer)
+    new = qkv, *held, mask, written, cos, sin
+    out, *held = append_attention(*new, scale=scale, layer=index)
+    if is_list:
+        held = [(*whole[:layer], one, *whole[layer + 1 :]) for whole, one in zip((k, v), held)]
+    return out[:, None], cache._replace(k=held[0], v=held[1])
 
 
 def _write(held, layer, new: jax.Array, start):

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from qjax.models.config import ModelConfig
+from qjax.models.step_linear import Gated, linear
 
 _gelu = functools.partial(nnx.gelu, approximate=False)
 # By Hugging Face's names; several stand for the tanh approximation of GELU.
@@ -52,14 +52,25 @@ class MLP(nnx.Module):
         keeps = self.kind == "gated" or (self.kind == "plain" and self.activation is nnx.relu)
         return {"up_proj": ("down_proj/kernel",)} if keeps else {}
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., hidden] to the same."""
-        if self.kind == "plain":
-            return self.down_proj(self.activation(checkpoint_name(self.up_proj(x), "gate_up")))
-        if self.kind == "gated":
-            gate, up = (
-                checkpoint_name(layer(x), "gate_up") for layer in (self.gate_proj, self.up_proj)
-            )
+    def __call__(self, x: jax.Array, norm=None, residual=None, step: bool = False) -> jax.Array:
+        """Map [..., hidden] to the same.
+
+        Args:
+            norm: applied to x first.
+            residual: added to the result.
+            step: see `is_step`.
+        """
+        before = None
+        if self.kind == "gated_fused":
+            inner = linear(self.gate_up_proj, x, before=norm, step=step)
+            inner, before = checkpoint_name(inner, "gate_up"), Gated(self.activation)
         else:
-            gate, up = jnp.split(checkpoint_name(self.gate_up_proj(x), "gate_up"), 2, axis=-1)
-        return self.down_proj(self.activation(gate) * up)
+            x = x if norm is None else norm(x)
+            inner = self.activation(checkpoint_name(self._first(x), "gate_up"))
+            if self.kind == "gated":
+                inner = inner * checkpoint_name(self.up_proj(x), "gate_up")
+        return linear(self.down_proj, inner, before=before, residual=residual, step=step)
+
+    def _first(self, x: jax.Array) -> jax.Array:
+        """What the activation is of."""
+        return self.gate_proj(x) if self.kind == "gated" else self.up_proj(x)

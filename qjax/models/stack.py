@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.dispatch import target
-from qjax.core.qslice import QSlice
+from qjax.core.qslice import ArraySlice, QSlice
 from qjax.core.qtensor import QTensor
 from qjax.models.cache import KVCache
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.remat import remat_policy
+from qjax.models.step_linear import is_step
 from qjax.nn.nnx_param import QuantParam
 
 _UNROLL = 4  # layers of a turn of the loop in generation on a GPU
@@ -54,7 +55,9 @@ def _scan(layers, config, x, contexts, cache):
     # The cache is carried, so that XLA updates it in place. 4-bit weights are not sliced layer by
     # layer, which would copy them: the products index the stack. Of the layers' state only the
     # random streams (dropout) come back out.
-    graphdef, streams, packed, weights = nnx.split(layers, nnx.RngState, QuantParam, ...)
+    by_index = _by_index(config) if is_step(x, cache) else False
+    parts = nnx.RngState, QuantParam, by_index, ...
+    graphdef, streams, packed, indexed, weights = nnx.split(layers, *parts)
     kinds = sorted(contexts)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(contexts[k] for k in kinds))
 
@@ -62,7 +65,8 @@ def _scan(layers, config, x, contexts, cache):
         x, cache = carry
         index, kind, streams, weights = layer
         sliced = jax.tree.map(lambda q: QSlice(q, index), packed, is_leaf=_is_qtensor)
-        block = nnx.merge(graphdef, streams, sliced, weights)
+        slices = jax.tree.map(lambda a: ArraySlice(a, index), indexed)
+        block = nnx.merge(graphdef, streams, sliced, slices, weights)
         context = contexts[kinds[0]]
         if len(kinds) > 1:
             context = jax.tree.map(lambda leaf: leaf[kind], stacked)
@@ -79,8 +83,19 @@ def _scan(layers, config, x, contexts, cache):
     unroll = _UNROLL if short and jax.tree.leaves(packed) else 1
     layers_of = indices, kind_of, streams, weights
     carry, streams = jax.lax.scan(body, (x, cache), layers_of, unroll=unroll)
-    nnx.update(layers, streams)
+    if cache is None:  # generation draws nothing, and its loop may not change what is outside
+        nnx.update(layers, streams)
     return carry
+
+
+def _by_index(config) -> Callable[[tuple, nnx.Variable], bool]:
+    """Return a filter of what the kernels of a step read out of its stack themselves."""
+    norms = config.norm != "layer"
+
+    def wanted(path, variable):
+        return isinstance(variable, nnx.LoRAParam) or (norms and path[-1] == "scale")
+
+    return wanted
 
 
 def _is_qtensor(node) -> bool:

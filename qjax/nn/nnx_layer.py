@@ -258,6 +258,10 @@ class QuantLayer(LoraLayer):
         x, weight, bias = self.promote_dtype((x, weight, bias), dtype=self.dtype)
         return x, bias, self.preferred_element_type or weight.dtype
 
+    def result_dtype(self, x: jax.Array) -> Any:
+        """The dtype of what the layer returns for x."""
+        return jnp.dtype(self._promote(x, None)[2])
+
     @property
     def _weight(self) -> QTensor | QSlice:
         return getattr(self, self.weight_name).q

@@ -16,7 +16,7 @@ from pallas_kernels.dispatch import target
 from qjax.ops.explicit import compiled, entries
 from qjax.ops.matmul import parse
 
-_FEW_ROWS = 32  # up to here a product with B takes the time of a kernel, not of its bytes
+FEW_ROWS = 32  # up to here a product with B takes the time of a kernel, not of its bytes
 
 
 def lora_matmul(
@@ -35,23 +35,25 @@ def lora_matmul(
         b: [*batch, rank, *out].
         batch_ndim: number of batch axes.
         sections: of a layer that stands for several: see `block_diagonal`.
-        by_columns: A is given transposed, [rank, K], without batch axes: on a GPU x A of one row is
-            then a kernel.
+        by_columns: A is given transposed, [rank, K], and so is B, [N, rank], without batch axes: on
+            a GPU x A of one row is then a kernel.
     """
-    batch, rank = a.shape[:batch_ndim], a.shape[0 if by_columns else -1]
+    if by_columns:
+        a, b = a.T, b.T
+    batch, rank = a.shape[:batch_ndim], a.shape[-1]
     lead, out = x.shape[batch_ndim:-1], b.shape[batch_ndim + 1 :]
     rows = math.prod(lead)
 
     def product(x, a, b):
         x = x.reshape(*batch, rows, x.shape[-1])
-        a = a.astype(x.dtype).T if by_columns else a.astype(x.dtype)
+        a = a.astype(x.dtype)
         # Products of 16-bit operands accumulate in float32; a float32 result would only be rounded.
         if by_columns and rows == 1:
             terms = x.astype(jnp.float32).T * a.astype(jnp.float32)
             hidden = jnp.sum(terms, axis=0, keepdims=True).astype(x.dtype)
         else:
             hidden = jnp.matmul(x, a.reshape(*batch, x.shape[-1], rank))
-        if not batch and rows <= _FEW_ROWS and target().is_cuda:
+        if not batch and rows <= FEW_ROWS and target().is_cuda:
             y = few_rows(hidden, b.reshape(b.shape[0], -1), sections)
         else:
             b = block_diagonal(b, sections)

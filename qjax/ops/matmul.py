@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +66,11 @@ def _check_rows(x: jax.Array, q: QTensor, batch_ndim: int | None = None) -> None
         raise ValueError(f"x must be {expected} to multiply a {q!r}, got shape {x.shape}")
 
 
-def _reads_in_place(q: QSlice) -> bool:
-    """Whether the kernels can index the stack: one stacked axis, rows, and one device."""
-    stack = q.stack
+def _reads_in_place(q: QTensor | QSlice) -> bool:
+    """Whether the kernels read its arrays as they are: plain rows, on one device."""
+    stack, batch_ndim = (q.stack, 1) if isinstance(q, QSlice) else (q, 0)
     plain = stack.kind.bits == 4 and not isinstance(stack.scales, AffineScales)
-    rows = stack.layout == "rows" and len(stack.batch_shape) == 1
+    rows = stack.layout == "rows" and len(stack.batch_shape) == batch_ndim
     near = jax.typeof(stack.packed).memory_space != jax.memory.Space.Host
     return plain and rows and near and jax.device_count() == 1
 
@@ -81,6 +82,19 @@ def _slice_matmul(x: jax.Array, q: QSlice, implementation) -> jax.Array:
     x = x.reshape(-1, x.shape[-1])
     trace.observe(x, stack, batch_ndim=0)
     return _contract(x, q, False, implementation, None).reshape(*lead, *stack.out_shape)
+
+
+def kernel_weight(q: QTensor | QSlice) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return (packed, scales, codebook) and options for the kernels, or None for other weights."""
+    return _kernel_weight(q) if _reads_in_place(q) else None
+
+
+def _kernel_weight(q: QTensor | QSlice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    stack, layer = (q.stack, q.index) if isinstance(q, QSlice) else (q, None)
+    lead = stack.packed.shape[: 0 if layer is None else 1]
+    packed = stack.packed.reshape(*lead, -1, stack.packed.shape[-1])
+    arrays = packed, kernel_scales(stack.scales, len(lead)), jnp.asarray(stack.codebook)
+    return arrays, {"block_size": stack.block_size, "layer": layer}
 
 
 def einsum(
@@ -243,7 +257,9 @@ def _product(x, q, transpose, implementation):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _contract(x, q, transpose, implementation, sharding):
     if isinstance(q, QSlice):
-        return _product_in_place(x, q, transpose, implementation)
+        arrays, how = _kernel_weight(q)
+        how |= {"transpose": transpose, "implementation": implementation}
+        return pallas_kernels.matmul(x, *arrays, **how)
     q = on_device(q)
 
     def flat(x, q, shard=None):
@@ -314,18 +330,3 @@ def _offset_product(x, scales: AffineScales, block_size: int, transpose: bool):
         return jnp.repeat(wide @ offsets, block_size, axis=1).astype(x.dtype)
     blocks = wide.reshape(x.shape[0], -1, block_size).sum(axis=-1)
     return (blocks @ offsets.T).astype(x.dtype)
-
-
-def _product_in_place(x, q: QSlice, transpose, implementation):
-    stack = q.stack
-    packed = stack.packed.reshape(len(stack.packed), -1, stack.packed.shape[-1])
-    return pallas_kernels.matmul(
-        x,
-        packed,
-        kernel_scales(stack.scales, batch_ndim=1),
-        jnp.asarray(stack.codebook),
-        block_size=stack.block_size,
-        transpose=transpose,
-        layer=q.index,
-        implementation=implementation,
-    )

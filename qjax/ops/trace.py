@@ -84,6 +84,11 @@ def is_recording() -> bool:
     return _records.get() is not None
 
 
+def is_watched() -> bool:
+    """Whether anybody listens or looks at what is multiplied."""
+    return is_recording() or _observer.get() is not None
+
+
 def record(op: str, detail: str, q: QTensor | None = None) -> None:
     """Note a use of the current weight, or else of q if it has a name, if anybody listens."""
     records = _records.get()

@@ -82,7 +82,7 @@ def test_a_product_written_out_is_the_product(rows, sections, rng):
         few_rows(jnp.asarray(x @ a), jnp.asarray(b), sections), want, atol=1e-5
     )
     x, a, b = jnp.asarray(x), jnp.asarray(a), jnp.asarray(b)
-    y = lora_matmul(x, a.T, b, sections=sections, by_columns=True)
+    y = lora_matmul(x, a.T, b.T, sections=sections, by_columns=True)
     np.testing.assert_allclose(y, want, atol=1e-5)
 
 

@@ -524,6 +524,10 @@ PRIMITIVES = {
     "shared_address": lambda ref: Register(ref.address),
     "global_address": lambda ref: Register(np.full(machine.threads, ref.address, np.uint64)),
     "load_float": lambda address: float_of(machine.load(address, 4)),
+    "prefetch": lambda address: machine.load(address, 1),
+    "load_half": lambda address, dtype: (
+        machine.load(address, 2).view(np.dtype(dtype))[:, 0].astype(np.float32)
+    ),
     "load_word": lambda address: Register(machine.load(address, 4).view(np.uint32)[:, 0]),
     "load_byte": lambda address: Register(machine.load(address, 1)[:, 0].astype(np.uint32)),
     "load_words": lambda address: [
@@ -550,6 +554,13 @@ PRIMITIVES = {
 machine: Machine
 
 
+def allocate(value):
+    """A reference to an array, or a tuple of them."""
+    return (
+        tuple(map(allocate, value)) if isinstance(value, tuple) else machine.allocate_global(value)
+    )
+
+
 def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block):
     """Run `make_block(references, out, scratch).run()` for each block; gives the output array."""
     global machine
@@ -557,11 +568,7 @@ def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_bl
     for name, value in PRIMITIVES.items():
         module = mosaic if hasattr(mosaic, name) else mosaic_memory
         monkeypatch.setattr(module, name, value)
-    references = operands._replace(
-        **{f: machine.allocate_global(getattr(operands, f)) for f in ("x", "packed", "codebook")},
-        layer=machine.allocate_global(operands.layer),
-        scales=tuple(machine.allocate_global(a) for a in operands.scales),
-    )
+    references = type(operands)(*map(allocate, operands))
     target = machine.allocate_global(out)
     with np.errstate(over="ignore", invalid="ignore"):
         for block in range(blocks):

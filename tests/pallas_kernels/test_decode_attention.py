@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention
+from pallas_kernels import append_attention, decode_attention
+from pallas_kernels.append_attention import triton as append_triton
 from pallas_kernels.decode_attention import triton
 from tests.pallas_kernels.problems import lower
 
@@ -77,6 +78,10 @@ def test_the_kernel_lowers_for_cuda(shape, dtype):
     attend = functools.partial(triton.decode_attention, scale=0.25)
     args = q, k, v, mask, jnp.int32(length), jnp.int32(1)
     assert "decode_attention_triton" in lower(lambda *a: attend(*a[:-1], layer=a[-1]), *args)
+    (qkv, cos, sin), _ = appended(q, k, v, length, 1)
+    append = functools.partial(append_triton.append_attention, scale=0.25)
+    args = qkv, k, v, mask, jnp.int32(length), cos, sin, jnp.int32(1)
+    assert "append_attention_triton" in lower(lambda *a: append(*a[:-1], layer=a[-1]), *args)
 
 
 def test_programs_share_a_head_where_heads_are_few():
@@ -84,6 +89,74 @@ def test_programs_share_a_head_where_heads_are_few():
     assert triton.choose_splits(heads=64, slots=8192) == 4
     assert triton.choose_splits(heads=8, slots=8192) == 16
     assert triton.choose_splits(heads=1024, slots=8192) == 1
+
+
+def appended(q, k, v, length, layer):
+    """(qkv, cos, sin) of a new token, and (q, k, v) of the layer with it, in float64."""
+    rng = np.random.default_rng(1)
+    batch, kv_heads, _, head_dim = k.shape[-4:]
+    key, value = (rng.standard_normal((batch, kv_heads, head_dim), np.float32) for _ in range(2))
+    key, value = (np.asarray(x, q.dtype) for x in (key, value))
+    angle = rng.uniform(0, 6, (batch, head_dim // 2)).astype(np.float32)
+    # A pair of elements is a complex number, which the rotation multiplies.
+    factor = np.exp(1j * angle.astype(np.float64))[:, None]
+
+    def turn(x):
+        first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+        turned = (first + 1j * second) * factor
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    k, v = (np.array(x if layer is None else x[layer], np.float64) for x in (k, v))
+    k[:, :, length - 1], v[:, :, length - 1] = turn(key), value
+    qkv = jnp.concatenate([q, key, value], axis=1)
+    return (qkv, jnp.cos(angle), jnp.sin(angle)), (turn(q), k, v)
+
+
+def check_appended(found, k, v, want, mask, length, layer, atol):
+    _, new_k, new_v = want
+    for mine, held, new in zip(found[1:], (k, v), (new_k, new_v)):
+        mine, held = (np.array(x, np.float64) for x in (mine, held))
+        here = mine if layer is None else mine[layer]
+        np.testing.assert_allclose(here[:, :, length - 1], new[:, :, length - 1], atol=atol)
+        here[:, :, length - 1] = (held if layer is None else held[layer])[:, :, length - 1]
+        np.testing.assert_array_equal(mine, held)  # nothing else was written
+    y = np.asarray(found[0], np.float64)
+    np.testing.assert_allclose(y, expected(*want, mask, 0.3), atol=atol)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layers", [None, 3])
+def test_a_new_token_joins_the_cache(shape, layers):
+    *sizes, length = shape
+    q, k, v, mask = problem(*sizes, length=length, layers=layers)
+    layer = None if layers is None else 2
+    (qkv, cos, sin), want = appended(q, k, v, length, layer)
+    k, v = (x.at[..., length - 1, :].set(jnp.nan) for x in (k, v))  # what was there is not read
+    arrays = qkv, k, v, mask, length, cos, sin
+    xla = append_attention(*arrays, scale=0.3, layer=layer, implementation="xla")
+    kernel = append_triton.append_attention(*arrays, scale=0.3, layer=layer, interpret=True)
+    for found in (xla, kernel):
+        check_appended(found, k, v, want, mask, length, layer, 5e-6)  # as above
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"qkv": (2, 4, 16)},
+            r"qkv has shape \(2, 4, 16\), must be \[2, a multiple of 2 above 4, 16",
+        ),
+        ({"v": (2, 2, 9, 16)}, r"k is float32\[2,2,8,16\] and v float32\[2,2,9,16\], both must be"),
+        ({"mask": (1, 8)}, r"mask has shape \(1, 8\), must be \(2, 8\)"),
+        ({"cos": (2, 16)}, r"cos has shape \(2, 16\) and sin \(2, 8\), both must be \(2, 8\)"),
+    ],
+)
+def test_shapes_of_a_new_token_that_do_not_fit_are_named(change, message):
+    shapes = {"qkv": (2, 8, 16), "k": (2, 2, 8, 16), "v": (2, 2, 8, 16), "mask": (2, 8)}
+    shapes |= {"length": (), "cos": (2, 8), "sin": (2, 8)} | change
+    arrays = [jnp.ones(shape, bool if name == "mask" else float) for name, shape in shapes.items()]
+    with pytest.raises(ValueError, match=message):
+        append_attention(*arrays)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +195,19 @@ def test_the_kernel_agrees_with_float64_on_a_gpu(shape, dtype):
     # As above; bfloat16 rounds the result to 2^-9.
     atol = 5e-6 if dtype == jnp.float32 else 1e-2
     np.testing.assert_allclose(y.astype(jnp.float32), expected(q, k[1], v[1], mask, 0.2), atol=atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("shape", [SHAPES[1], (2, 64, 8, 512, 128, 300)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_new_token_joins_the_cache_on_a_gpu(shape, dtype):
+    *sizes, length = shape
+    q, k, v, mask = problem(*sizes, length=length, layers=2, dtype=dtype)
+    (qkv, cos, sin), want = appended(q, k, v, length, 1)
+    append = functools.partial(append_attention, scale=0.3, implementation="triton")
+    call = jax.jit(lambda *a: append(*a[:-1], layer=a[-1]), donate_argnums=(1, 2))
+    arrays = mask, jnp.int32(length), cos, sin, jnp.int32(1)
+    found = call(qkv, jnp.copy(k), jnp.copy(v), *arrays)
+    atol = 5e-6 if dtype == jnp.float32 else 4e-2  # bfloat16: keys of size 4 are rounded to 2^-7
+    check_appended(found, k, v, want, mask, length, 1, atol)

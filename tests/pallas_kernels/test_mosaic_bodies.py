@@ -1,5 +1,7 @@
 """The bodies of the Hopper matmul kernels, simulated on the CPU, against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,45 @@ def test_decode_body(monkeypatch, shape, tiles, kinds):
 )
 def test_mid_body(monkeypatch, shape, tiles, kinds):
     check(monkeypatch, run_mid, shape, tiles, kinds)
+
+
+# Rank and rows of each section; of one warp's step and of several, with warps to spare and without.
+@pytest.mark.parametrize(
+    "run, shape, tiles, kinds, rank, sections",
+    [
+        (run_decode, (1, 100, 1024), DecodeTiles(4, 1, 2), {}, 16, (100,)),
+        (run_decode, (3, 96, 512), DecodeTiles(4, 2, 2), dict(layers=2), 6, (48, 16, 32)),
+        (run_decode, (12, 37, 512), DecodeTiles(4, 1, 2, shared_x=True), {}, 72, (16, 21)),
+        (run_mid, (20, 150, 1024), MidTiles(1, 2, 3, 128), dict(layers=2), 16, (32, 118)),
+        (run_mid, (33, 40, 1024), MidTiles(2, 2, 2, 64), dict(dtype="float16"), 40, (40,)),
+        (run_mid, (24, 300, 1536), MidTiles(7, 2, 2, 128), {}, 16, (300,)),
+    ],
+)
+def test_adapter_and_residual(monkeypatch, run, shape, tiles, kinds, rank, sections):
+    m, n, k = shape
+    (x, packed, scales, codebook, layer), weight = random_call(0, m, n, k, **kinds)
+    problem, operands = describe(x, packed, scales, codebook, 64, layer)
+    rng = np.random.default_rng(1)
+    hidden, b, residual = (
+        rng.standard_normal(shape, np.float32).astype(x.dtype)
+        for shape in ((m, len(sections) * rank), (kinds.get("layers", 1), n, rank), (m, n))
+    )
+    problem = dataclasses.replace(problem, rank=rank, sections=sections, residual=True)
+    last = b if layer is not None else b[-1]
+    operands = operands._replace(adapter=(hidden, last), residual=(residual,))
+    y = run(monkeypatch, problem, jax.tree.map(np.asarray, operands), tiles)
+    y = y.astype(np.float64).sum(0)
+    if getattr(tiles, "slabs", 1) > 1:  # added with the slabs, by XLA
+        y = y + residual.astype(np.float64)
+    x, hidden, b, residual = (np.asarray(a, np.float64) for a in (x, hidden, b[-1], residual))
+    rows = np.arange(rank)[None] + rank * np.repeat(np.arange(len(sections)), sections)[:, None]
+    term = np.einsum("mnr,nr->mn", hidden[:, rows], b) + residual
+    want, spread = x @ weight.T, np.sqrt(x**2 @ (weight**2).T)
+    # As below: the adapter's products are exact in float32, and the result is rounded once.
+    u = 2.0**-9 if problem.dtype == "bfloat16" else 2.0**-12
+    bound = 3 * u * np.linalg.norm(spread) + u * np.linalg.norm(want + term)
+    assert np.linalg.norm(y - want - term) <= bound
+    assert bound < 0.05 * np.linalg.norm(term)
 
 
 def check(monkeypatch, run, shape, tiles, kinds):
