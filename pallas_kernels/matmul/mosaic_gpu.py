@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.matmul import mosaic_decode, mosaic_mid, tuned
+from pallas_kernels.matmul import mid_layout, mosaic_decode, mosaic_mid, tuned
 from pallas_kernels.matmul.config import (
     DecodeTiles,
     MidTiles,
@@ -112,5 +112,5 @@ def _fits(problem: Problem, tiles: DecodeTiles | MidTiles, sms: int) -> bool:
     if isinstance(tiles, DecodeTiles):
         scratch = mosaic_decode.Layout(problem, tiles, sms).scratch(tiles)
     else:
-        scratch = mosaic_mid.Layout(problem, tiles).scratch(tiles)
+        scratch = mid_layout.Layout(problem, tiles).scratch(tiles)
     return mosaic.shared_bytes(scratch) <= mosaic.SHARED_BYTES

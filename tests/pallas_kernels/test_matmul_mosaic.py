@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic
-from pallas_kernels.matmul import mosaic_gpu, mosaic_mid, tuned
+from pallas_kernels.matmul import mid_layout, mosaic_gpu, tuned
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles, mid_candidates
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import DoubleQuantScales
@@ -136,7 +136,7 @@ def test_estimated_blocks_are_near_the_best_measured(shape):
 def test_shares_cover_the_work_in_order():
     for shape, blocks in itertools.product([(1024, 4096), (2880, 2880), (37, 11008)], (1, 7, 132)):
         problem = Problem(40, *shape, 64, "bfloat16")
-        layout = mosaic_mid.Layout(problem, MidTiles(blocks))
+        layout = mid_layout.Layout(problem, MidTiles(blocks))
         shares = [range(layout.begin(b), layout.begin(b + 1)) for b in range(layout.blocks)]
         assert [p for share in shares for p in share] == list(range(layout.total))
         assert all(layout.share_of(p) == b for b, share in enumerate(shares) for p in share)

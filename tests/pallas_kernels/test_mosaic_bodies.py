@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.matmul import mosaic_decode, mosaic_mid
+from pallas_kernels.matmul import mid_layout, mosaic_decode, mosaic_mid
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 from pallas_kernels.matmul.problem import describe
 from tests.pallas_kernels import block_simulator
@@ -30,7 +30,7 @@ def run_decode(monkeypatch, problem, operands, tiles):
 
 
 def run_mid(monkeypatch, problem, operands, tiles):
-    layout = mosaic_mid.Layout(problem, tiles)
+    layout = mid_layout.Layout(problem, tiles)
     out = np.full((1, problem.m, problem.n), np.nan, jnp.dtype(problem.dtype))
     sums = []
 
@@ -41,7 +41,7 @@ def run_mid(monkeypatch, problem, operands, tiles):
             sums.extend(block_simulator.machine.allocate_global(array) for array in poison)
         return mosaic_mid._Block(None, problem, tiles, layout, refs, out, sums, scratch)
 
-    threads = mosaic_mid.THREADS
+    threads = mid_layout.THREADS
     return simulate(monkeypatch, layout, tiles, layout.blocks, threads, operands, out, make)
 
 
