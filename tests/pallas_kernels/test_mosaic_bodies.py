@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.matmul import mid_layout, mosaic_decode, mosaic_mid
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 from pallas_kernels.matmul.problem import describe
-from tests.pallas_kernels import block_simulator
+from tests.pallas_kernels import simulated_machine
 from tests.pallas_kernels.block_simulator import simulate
 from tests.pallas_kernels.test_matmul_mosaic import random_call
 
@@ -38,7 +38,7 @@ def run_mid(monkeypatch, problem, operands, tiles):
         # What was in memory before does not matter.
         if not sums:
             poison = [np.full(s.shape, -1, np.int32).view(s.dtype) for s in layout.sums()]
-            sums.extend(block_simulator.machine.allocate_global(array) for array in poison)
+            sums.extend(simulated_machine.machine.allocate_global(array) for array in poison)
         return mosaic_mid._Block(None, problem, tiles, layout, refs, out, sums, scratch)
 
     threads = mid_layout.THREADS

@@ -19,7 +19,7 @@ from pallas_kernels.matmul.config_large import (
 )
 from pallas_kernels.matmul.large_layout import Layout
 from pallas_kernels.matmul.problem import Problem
-from tests.pallas_kernels import block_simulator
+from tests.pallas_kernels import block_simulator, simulated_machine
 from tests.pallas_kernels.problems import H100, NF4, decoded, lower, weight
 
 # M, outputs, contracted, block, double, layers, dtype
@@ -85,7 +85,7 @@ def test_body_agrees_with_float64(monkeypatch, shape, tiles, sms, transpose):
 
     def make(refs, out, scratch):
         if not shared:
-            shared.extend(map(block_simulator.machine.allocate_global, (sums, flags)))
+            shared.extend(map(simulated_machine.machine.allocate_global, (sums, flags)))
         return mosaic_large._Block(None, layout, refs, out, *shared, scratch)
 
     out = np.full((x.shape[0], layout.left.outputs), np.nan, x.dtype)
