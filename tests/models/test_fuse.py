@@ -30,6 +30,7 @@ def with_adapters(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
 def test_a_fused_model_computes_and_generates_the_same_and_splits_again(scan_layers):
     model, ids = with_adapters(load(scan_layers=scan_layers)), reference("llama")["input_ids"]

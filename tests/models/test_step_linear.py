@@ -61,7 +61,7 @@ LORA = qjax.LoraConfig(rank=4, alpha=6, rslora=True, dropout=0.5)
 @pytest.mark.parametrize(
     "lora, changes, adapted",
     [
-        (LORA, {"scan_layers": True}, 4),
+        pytest.param(LORA, {"scan_layers": True}, 4, marks=pytest.mark.slow),
         pytest.param(LORA, {}, 8, marks=pytest.mark.slow),
         (None, {"norm": "rms_offset", "hidden_act": "gelu"}, 8),
         pytest.param(dataclasses.replace(LORA, dora=True), {}, 0, marks=pytest.mark.slow),
