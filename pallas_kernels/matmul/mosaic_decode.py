@@ -18,8 +18,8 @@ from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import PANEL, DecodeTiles
-from pallas_kernels.matmul.mosaic_low_rank import LowRank
 from pallas_kernels.matmul.mosaic_panels import CHUNK, CHUNKS, ROWS, PanelLayout, TensorPanels
+from pallas_kernels.matmul.mosaic_row_term import EARLY, Loaded, RowTerm
 from pallas_kernels.matmul.problem import Operands, Problem, add_slabs
 
 COLUMN = ROWS + 4  # floats between columns of a partial result: no bank conflict when it is written
@@ -71,10 +71,8 @@ class _Block:
         self.together = tiles.together and layout.steps == 1
         self.table = mem.shared_address(scratch["table"])
         self.partials = mem.shared_address(scratch["partials"])
-        self.adapter, self.adapter_steps = None, []
-        if problem.rank:
-            self.adapter = LowRank(problem, refs, self.ring.layer)
-            self.adapter_steps = self.adapter.steps(self.warp, tiles.warps, slab.equals(0))
+        self.adapter = RowTerm(problem, refs, self.ring.layer) if problem.rank else None
+        self.adds = slab.equals(0)  # one of the blocks of a row adds the adapter's term
         self.residual = [mem.global_address(ref) for ref in refs.residual]
         self.x_rows = mem.shared_address(scratch["x"])
 
@@ -95,9 +93,9 @@ class _Block:
         slot = self.unit(i, step) % self.tiles.stages
         panel, last = (self.first_panel + p for p in (self.panel(step), self.slab_panels - 1))
         self.ring.start(slot, self.row(i), panel, i < self.count, last)
-        if step == 0:
-            for part, wanted in self.adapter_steps:
-                self.adapter.prefetch(self.row(i), part, mg.both(wanted, i < self.count))
+        if step == 0 and self.adapter is not None:
+            with mg.when(mg.both(mg.both(self.warp.equals(0), self.adds), i < self.count)):
+                self.adapter.prefetch(self.row(i), self.lane)
 
     def copy_ahead(self, i: mg.Int, step: int) -> None:
         """Start to copy the panel that takes the place of a panel of tile i."""
@@ -151,25 +149,14 @@ class _Block:
 
     # Products
 
-    def multiply(self, i: mg.Int, x: list, adapter: list[mg.Value]) -> list[list]:
-        """This warp's partial product of tile i: 4 floats for each group of 8 columns.
-
-        `adapter` is what `load_adapter` gave for the tile.
-        """
+    def multiply(self, i: mg.Int, x: list) -> list[list]:
+        """This warp's partial product of tile i: 4 floats for each group of 8 columns."""
         acc = [[mg.zero()] * 4 for _ in range(self.layout.columns)]
         for step in range(self.layout.steps):
             unit = self.unit(i, step)
             self.ring.wait(unit % self.tiles.stages, unit // self.tiles.stages & 1)
             self.multiply_panel(i, step, x, acc)
-        if self.adapter is not None:
-            self.adapter.add(adapter, self.adapter_steps, acc)
         return acc
-
-    def load_adapter(self, i: mg.Int) -> list[mg.Value]:
-        """Start to load this warp's steps of the adapter for tile i."""
-        if self.adapter is None:
-            return []
-        return self.adapter.load(self.row(i), self.adapter_steps, self.layout.columns)
 
     def multiply_panel(self, i: mg.Int, step: int, x: list, acc: list[list]) -> None:
         """Add a panel's products to `acc`; its place is refilled as soon as it is read."""
@@ -210,17 +197,29 @@ class _Block:
                 offset = (8 * column + r % 2) * COLUMN + 8 * (r // 2)
                 mem.store(base + 4 * offset, value)
 
-    def reduce(self, i: mg.Int) -> None:
-        """One warpgroup sums the warps' partials of tile i in order and writes the result."""
-        thread = mg.thread_index() % mg.WARPGROUP
-        count = ROWS * self.problem.m
-        for first in range(0, count, mg.WARPGROUP):
-            index = thread + first
-            row = self.row(i) + index % ROWS
-            with mg.when(mg.both(index < count, row < self.problem.n)):
-                self.reduce_one(i, index // ROWS, index % ROWS, row)
+    def place(self, first: int) -> tuple[mg.Int, mg.Int]:
+        """The column, and the row within a tile, of this thread's element from `first` on."""
+        index = mg.thread_index() % mg.WARPGROUP + first
+        return index // ROWS, index % ROWS
 
-    def reduce_one(self, i: mg.Int, column: mg.Int, tile_row: mg.Int, row: mg.Int) -> None:
+    def load_term(self, i: mg.Int) -> Loaded:
+        """Start to load what this thread first needs of an adapter, before it waits for others."""
+        if self.adapter is None:
+            return []
+        column, tile_row = self.place(0)
+        return self.adapter.load(column, self.row(i) + tile_row, 0, min(EARLY, self.problem.rank))
+
+    def reduce(self, i: mg.Int, term: Loaded) -> None:
+        """One warpgroup sums the warps' partials of tile i in order and writes the result."""
+        for first in range(0, ROWS * self.problem.m, mg.WARPGROUP):
+            column, tile_row = self.place(first)
+            row = self.row(i) + tile_row
+            with mg.when(mg.both(column < self.problem.m, row < self.problem.n)):
+                self.reduce_one(i, column, tile_row, row, [] if first else term)
+
+    def reduce_one(
+        self, i: mg.Int, column: mg.Int, tile_row: mg.Int, row: mg.Int, term: Loaded
+    ) -> None:
         stride = 4 * self.layout.partial
         base = self.partials + (i & 1) * (self.tiles.warps * stride)
         base = base + ((column * COLUMN + tile_row) << 2)
@@ -229,7 +228,12 @@ class _Block:
         dtype = self.problem.dtype if self.tiles.slabs == 1 else jnp.float32
         if self.tiles.slabs == 1:
             values += [mem.load_half(r + (place << 1), dtype) for r in self.residual]
-        value = mg.round_to(mg.tree_sum(values), dtype)
+        value = mg.tree_sum(values)
+        if self.adapter is not None:
+            loaded = EARLY if term else 0
+            term = term + self.adapter.load(column, row, loaded, self.problem.rank)
+            value = mg.select_float(self.adds, self.adapter.add(value, term), value)
+        value = mg.round_to(value, dtype)
         mem.store(self.out + place * jnp.dtype(dtype).itemsize, value)
 
     def run(self) -> None:
@@ -253,18 +257,18 @@ class _Block:
         x = [[mg.select(valid, word, 0) for word in words] for valid, words in x]
         mg.sync_block()
 
-        def body(i: mg.Int, adapter: list) -> list:
-            self.write_partial(i, self.multiply(i, x, adapter))
-            adapter = self.load_adapter(i + 1)  # early, so that a tile's products hide its latency
+        def body(i: mg.Int, _: list) -> list:
+            self.write_partial(i, self.multiply(i, x))
+            term = self.load_term(i)
             mg.sync_block()
             if self.together:
                 # All at once, so that the memory sees whole rows of the tile: 1.0 us of 15.4.
                 self.copy_ahead(i, 0)
             with mg.when((self.warp >> 2).equals(i % (warps // 4))):
-                self.reduce(i)
-            return adapter
+                self.reduce(i, term)
+            return []
 
-        mg.loop(self.count, self.load_adapter(mg.Int(0)), body)
+        mg.loop(self.count, [], body)
 
 
 @functools.cache
