@@ -16,7 +16,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.norm import make_norm
 from qjax.models.rope import rotate
-from qjax.models.step_linear import is_step, linear
+from qjax.models.step_linear import adapter_ahead, is_step, linear
 
 
 class Attention(nnx.Module):
@@ -55,12 +55,15 @@ class Attention(nnx.Module):
             qkv = linear(self.qkv_proj, x, before=norm, step=step)
             qkv = qkv.reshape(len(x), -1, self.config.head_dim)
             known: Any = context.mask, context.rope, self.config.attention_scale
-            out, cache = append_one(qkv, cache, layer, *known)
+            width = self.config.num_attention_heads * self.config.head_dim
+            ahead = adapter_ahead(self.o_proj, jax.ShapeDtypeStruct((len(x), width), x.dtype))
+            out, hidden, cache = append_one(qkv, cache, layer, *known, ahead)
         else:
+            hidden = None
             q, k, v = self._project(x, norm, step)
             out, cache = self._attend(q, k, v, context, cache, layer)
         out = out.reshape(*x.shape[:2], -1)
-        return linear(self.o_proj, out, residual=residual, step=step), cache
+        return linear(self.o_proj, out, residual=residual, step=step, hidden=hidden), cache
 
     def _appends(self, context: Context, cache: KVCache) -> bool:
         """Whether one kernel can rotate, write and attend."""

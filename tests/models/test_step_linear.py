@@ -11,7 +11,7 @@ from flax import nnx
 import qjax
 from pallas_kernels import dispatch
 from qjax.core.qslice import ArraySlice
-from qjax.models import CausalLM, ModelConfig, step_linear
+from qjax.models import CausalLM, ModelConfig, cache, step_linear
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -49,7 +49,8 @@ def calls(monkeypatch):
     gpu = dispatch.Target("gpu", "NVIDIA H100", (9, 0))
     for module in ("qjax.generate", "qjax.models.step_linear"):
         monkeypatch.setattr(f"{module}.target", lambda: gpu)
-    monkeypatch.setattr(step_linear, "_has_kernel", lambda *args, **options: True)
+    for module in (step_linear, cache):
+        monkeypatch.setattr(module, "has_kernel", lambda *args, **options: True)
     monkeypatch.setattr(step_linear, "adapted_matmul", spy)
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
     return seen

@@ -1,6 +1,7 @@
 """decode_attention against float64 numpy: XLA's, and the Triton kernel's jnp and lowering."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,9 @@ def test_the_kernel_lowers_for_cuda(shape, dtype):
     assert "decode_attention_triton" in lower(lambda *a: attend(*a[:-1], layer=a[-1]), *args)
     (qkv, cos, sin), _ = appended(q, k, v, length, 1)
     append = functools.partial(append_triton.append_attention, scale=0.25)
-    args = qkv, k, v, mask, jnp.int32(length), cos, sin, jnp.int32(1)
-    assert "append_attention_triton" in lower(lambda *a: append(*a[:-1], layer=a[-1]), *args)
+    args = qkv, k, v, mask, jnp.int32(length), cos, sin, adapter(q, 2), jnp.int32(1)
+    text = lower(lambda *a: append(*a[:-1], layer=a[-1]), *args)
+    assert "append_attention_triton" in text and "combine_attention_triton" in text
 
 
 def test_programs_share_a_head_where_heads_are_few():
@@ -124,6 +126,25 @@ def check_appended(found, k, v, want, mask, length, layer, atol):
     np.testing.assert_allclose(y, expected(*want, mask, 0.3), atol=atol)
 
 
+def adapter(q, layers):
+    """A [R, heads * head_dim], or a stack, of a rank that is no power of two."""
+    shape = () if layers is None else (layers,)
+    a = np.random.default_rng(2).standard_normal((*shape, 6, q.shape[1] * q.shape[2]))
+    return jnp.asarray(a, q.dtype)
+
+
+def check_hidden(hidden, a, layer, out, atol):
+    if a is None:
+        assert hidden is None
+        return
+    a = np.asarray(a if layer is None else a[layer], np.float64)
+    want = 0.5 * out.reshape(len(out), -1) @ a.T
+    # An error of atol in each of K elements, of either sign, times numbers of size 1.
+    rounding = 2**-8 if hidden.dtype == jnp.bfloat16 else 0.0  # of the result
+    found = np.asarray(hidden, np.float64)
+    np.testing.assert_allclose(found, want, atol=atol * a.shape[1] ** 0.5, rtol=rounding)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layers", [None, 3])
 def test_a_new_token_joins_the_cache(shape, layers):
@@ -133,10 +154,14 @@ def test_a_new_token_joins_the_cache(shape, layers):
     (qkv, cos, sin), want = appended(q, k, v, length, layer)
     k, v = (x.at[..., length - 1, :].set(jnp.nan) for x in (k, v))  # what was there is not read
     arrays = qkv, k, v, mask, length, cos, sin
-    xla = append_attention(*arrays, scale=0.3, layer=layer, implementation="xla")
-    kernel = append_triton.append_attention(*arrays, scale=0.3, layer=layer, interpret=True)
-    for found in (xla, kernel):
-        check_appended(found, k, v, want, mask, length, layer, 5e-6)  # as above
+    a = adapter(q, layers)
+    how: dict[str, Any] = {"factor": 0.5, "scale": 0.3, "layer": layer}
+    for given in (None, a) if layers is None else (a,):
+        xla = append_attention(*arrays, given, **how, implementation="xla")
+        kernel = append_triton.append_attention(*arrays, given, **how, interpret=True)
+        for out, hidden, *held in (xla, kernel):
+            check_appended((out, *held), k, v, want, mask, length, layer, 5e-6)  # as above
+            check_hidden(hidden, given, layer, expected(*want, mask, 0.3), 5e-6)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +230,11 @@ def test_a_new_token_joins_the_cache_on_a_gpu(shape, dtype):
     *sizes, length = shape
     q, k, v, mask = problem(*sizes, length=length, layers=2, dtype=dtype)
     (qkv, cos, sin), want = appended(q, k, v, length, 1)
-    append = functools.partial(append_attention, scale=0.3, implementation="triton")
+    append = functools.partial(append_attention, factor=0.5, scale=0.3, implementation="triton")
     call = jax.jit(lambda *a: append(*a[:-1], layer=a[-1]), donate_argnums=(1, 2))
-    arrays = mask, jnp.int32(length), cos, sin, jnp.int32(1)
-    found = call(qkv, jnp.copy(k), jnp.copy(v), *arrays)
+    a = adapter(q, 2)
+    arrays = mask, jnp.int32(length), cos, sin, a, jnp.int32(1)
+    out, hidden, *held = call(qkv, jnp.copy(k), jnp.copy(v), *arrays)
     atol = 5e-6 if dtype == jnp.float32 else 4e-2  # bfloat16: keys of size 4 are rounded to 2^-7
-    check_appended(found, k, v, want, mask, length, 1, atol)
+    check_appended((out, *held), k, v, want, mask, length, 1, atol)
+    check_hidden(hidden, a, 1, expected(*want, mask, 0.3), atol)
