@@ -19,7 +19,7 @@ from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import PANEL, DecodeTiles
 from pallas_kernels.matmul.mosaic_panels import CHUNK, CHUNKS, ROWS, PanelLayout, TensorPanels
-from pallas_kernels.matmul.mosaic_row_term import EARLY, Loaded, RowTerm
+from pallas_kernels.matmul.mosaic_terms import TermLayout, Terms
 from pallas_kernels.matmul.problem import Operands, Problem, add_slabs
 
 COLUMN = ROWS + 4  # floats between columns of a partial result: no bank conflict when it is written
@@ -37,6 +37,7 @@ class Layout:
         self.groups = min(sms // tiles.slabs, self.tiles)  # blocks of a slab
         self.panel = PanelLayout(problem, tiles.warps, tiles.stages)
         self.x_row = self.steps * tiles.warps * PANEL * 2 + 16  # bytes: rows in different banks
+        self.terms = TermLayout(problem, tiles)
         self.partial = 8 * self.columns * COLUMN  # floats of one warp
 
     def scratch(self, tiles: DecodeTiles) -> dict:
@@ -44,6 +45,7 @@ class Layout:
         x_size = self.m * self.x_row // 4 if tiles.shared_x else 1
         return (
             self.panel.scratch()
+            | self.terms.scratch()
             | self.panel.barriers()
             | {
                 "x": plgpu.SMEM((x_size,), jnp.int32),
@@ -71,9 +73,8 @@ class _Block:
         self.together = tiles.together and layout.steps == 1
         self.table = mem.shared_address(scratch["table"])
         self.partials = mem.shared_address(scratch["partials"])
-        self.adapter = RowTerm(problem, refs, self.ring.layer) if problem.rank else None
-        self.adds = slab.equals(0)  # one of the blocks of a row adds the adapter's term
-        self.residual = [mem.global_address(ref) for ref in refs.residual]
+        own = refs, self.ring.layer, slab.equals(0)
+        self.terms = Terms(problem, layout.terms, *own, scratch)
         self.x_rows = mem.shared_address(scratch["x"])
 
     def unit(self, i: mg.Int, step: int) -> mg.Int:
@@ -90,12 +91,12 @@ class _Block:
 
     def copy_panel(self, i: mg.Int, step: int) -> None:
         """Start to copy this warp's panel of tile i."""
+        if step == 0 and self.layout.terms.slot:
+            with mg.when(mg.both(self.warp.equals(0), i < self.count)):
+                self.terms.copy(i, self.row(i))
         slot = self.unit(i, step) % self.tiles.stages
         panel, last = (self.first_panel + p for p in (self.panel(step), self.slab_panels - 1))
         self.ring.start(slot, self.row(i), panel, i < self.count, last)
-        if step == 0 and self.adapter is not None:
-            with mg.when(mg.both(mg.both(self.warp.equals(0), self.adds), i < self.count)):
-                self.adapter.prefetch(self.row(i), self.lane)
 
     def copy_ahead(self, i: mg.Int, step: int) -> None:
         """Start to copy the panel that takes the place of a panel of tile i."""
@@ -197,44 +198,28 @@ class _Block:
                 offset = (8 * column + r % 2) * COLUMN + 8 * (r // 2)
                 mem.store(base + 4 * offset, value)
 
-    def place(self, first: int) -> tuple[mg.Int, mg.Int]:
-        """The column, and the row within a tile, of this thread's element from `first` on."""
-        index = mg.thread_index() % mg.WARPGROUP + first
-        return index // ROWS, index % ROWS
-
-    def load_term(self, i: mg.Int) -> Loaded:
-        """Start to load what this thread first needs of an adapter, before it waits for others."""
-        if self.adapter is None:
-            return []
-        column, tile_row = self.place(0)
-        return self.adapter.load(column, self.row(i) + tile_row, 0, min(EARLY, self.problem.rank))
-
-    def reduce(self, i: mg.Int, term: Loaded) -> None:
+    def reduce(self, i: mg.Int) -> None:
         """One warpgroup sums the warps' partials of tile i in order and writes the result."""
-        for first in range(0, ROWS * self.problem.m, mg.WARPGROUP):
-            column, tile_row = self.place(first)
-            row = self.row(i) + tile_row
-            with mg.when(mg.both(column < self.problem.m, row < self.problem.n)):
-                self.reduce_one(i, column, tile_row, row, [] if first else term)
+        thread = mg.thread_index() % mg.WARPGROUP
+        count = ROWS * self.problem.m
+        for first in range(0, count, mg.WARPGROUP):
+            index = thread + first
+            row = self.row(i) + index % ROWS
+            with mg.when(mg.both(index < count, row < self.problem.n)):
+                self.reduce_one(i, index // ROWS, index % ROWS, row)
 
-    def reduce_one(
-        self, i: mg.Int, column: mg.Int, tile_row: mg.Int, row: mg.Int, term: Loaded
-    ) -> None:
+    def reduce_one(self, i: mg.Int, column: mg.Int, tile_row: mg.Int, row: mg.Int) -> None:
         stride = 4 * self.layout.partial
         base = self.partials + (i & 1) * (self.tiles.warps * stride)
         base = base + ((column * COLUMN + tile_row) << 2)
         values = [mem.load_float(base + warp * stride) for warp in range(self.tiles.warps)]
         place = (column * self.problem.n + row).wide()
-        dtype = self.problem.dtype if self.tiles.slabs == 1 else jnp.float32
-        if self.tiles.slabs == 1:
-            values += [mem.load_half(r + (place << 1), dtype) for r in self.residual]
-        value = mg.tree_sum(values)
-        if self.adapter is not None:
-            loaded = EARLY if term else 0
-            term = term + self.adapter.load(column, row, loaded, self.problem.rank)
-            value = mg.select_float(self.adds, self.adapter.add(value, term), value)
-        value = mg.round_to(value, dtype)
-        mem.store(self.out + place * jnp.dtype(dtype).itemsize, value)
+        dtype, whole = self.problem.dtype, self.tiles.slabs == 1
+        if whole:
+            values += self.terms.load_residual(i, column, tile_row, row)
+        value = self.terms.add(i, mg.tree_sum(values), column, tile_row, row)
+        value = mg.round_to(value, dtype if whole else jnp.float32)
+        mem.store(self.out + place * (2 if whole else 4), value)
 
     def run(self) -> None:
         warps = self.tiles.warps
@@ -243,6 +228,8 @@ class _Block:
         scale_table = self.ring.scales.load_table() if self.problem.double else []
         x = self.load_x_rows() if self.tiles.shared_x else self.load_x()
         self.ring.initialize()
+        with mg.when(self.warp.equals(0)):
+            self.terms.copy_hidden()
         self.copy_panel(mg.Int(0), 0)
         pair_table.build(self.table, code, self.problem.dtype, warps)
         for unit in range(1, self.tiles.stages):  # when all warps have asked for their first
@@ -259,13 +246,12 @@ class _Block:
 
         def body(i: mg.Int, _: list) -> list:
             self.write_partial(i, self.multiply(i, x))
-            term = self.load_term(i)
             mg.sync_block()
             if self.together:
                 # All at once, so that the memory sees whole rows of the tile: 1.0 us of 15.4.
                 self.copy_ahead(i, 0)
             with mg.when((self.warp >> 2).equals(i % (warps // 4))):
-                self.reduce(i, term)
+                self.reduce(i)
             return []
 
         mg.loop(self.count, [], body)
