@@ -7,8 +7,7 @@ python benchmarks/decode.py --out benchmarks/results/decode.json
 A case is shape/weights/adapters/batch x prompt + new tokens, then any of /unfused (a layer for each
 projection), /list (blocks in a list, not stacked), /int8 and /int4 (of the cache). Random NF4
 weights with double quantization, or bfloat16; greedy. A rate counts the whole call of `generate`,
-prefill included: new tokens a second, or tokens of the prompt where one new token is asked for. A
-step is one of the second half of the new tokens.
+prefill included: new tokens a second, or tokens of the prompt where one new token is asked for.
 """
 
 import argparse
@@ -70,16 +69,6 @@ class Case:
         how = {"max_new_tokens": self.new, "kv_format": self.kv_format}
         return jax.block_until_ready(self.model.generate(self.ids, **how))
 
-    def step_seconds(self) -> float:
-        """Time of a step, from those of the second half of the new tokens."""
-        every = self.new // 2
-        how = {"max_new_tokens": 2 * every, "kv_format": self.kv_format}
-        tokens = self.model.stream(self.ids, every=every, **how)
-        next(tokens)  # when they are here, the device has begun with the others
-        start = time.perf_counter()
-        next(tokens)
-        return (time.perf_counter() - start) / every
-
     def warm(self) -> str | None:
         """Compile; return why it could not be done."""
         try:
@@ -108,8 +97,6 @@ class Case:
             "peak_gib": peak_gib(),
             "smi_peak_mib": meter.peak_mib,
         }
-        if self.new > 1:
-            row["ms_a_step"] = round(1e3 * min(self.step_seconds() for _ in range(REPEATS)), 3)
         if profiles is not None:
             profiles[self.text] = kernels(self)
             row["parts_us"] = breakdown(profiles[self.text])

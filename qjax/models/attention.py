@@ -54,10 +54,10 @@ class Attention(nnx.Module):
         if step and cache is not None and self._appends(context, cache):
             qkv = [linear(layer, x, before=norm, step=step) for layer in self._inputs()]
             qkv = jnp.concatenate(qkv, axis=-1).reshape(len(x), -1, self.config.head_dim)
-            known: Any = context.mask, context.rope, self.config.attention_scale
             width = self.config.num_attention_heads * self.config.head_dim
             ahead = adapter_ahead(self.o_proj, jax.ShapeDtypeStruct((len(x), width), x.dtype))
-            out, hidden, cache = append_one(qkv, cache, layer, *known, ahead)
+            known: Any = context.mask, context.rope, self.config.attention_scale, ahead
+            out, hidden, cache = append_one(qkv, cache, layer, *known)
         else:
             hidden = None
             q, k, v = self._project(x, norm, step)

@@ -83,8 +83,8 @@ class _Product(NamedTuple):
 
     arrays: tuple
     how: dict[str, Any]
-    a: jax.Array | None
-    b: jax.Array | None
+    a: Any
+    b: Any
     factor: float
 
     def hidden(self, rows: int) -> jax.ShapeDtypeStruct:

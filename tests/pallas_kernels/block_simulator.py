@@ -225,8 +225,8 @@ PRIMITIVES = {
     "load_half": lambda address, dtype: (
         on.machine.load(address, 2).view(np.dtype(dtype))[:, 0].astype(np.float32)
     ),
-    "load_halves": lambda address, count, dtype: (
-        on.machine.load(address, 2 * count).view(np.dtype(dtype))
+    "load_halves": lambda address, count, dtype: on.machine.load(address, 2 * count).view(
+        np.dtype(dtype)
     ),
     "load_word": lambda address: Register(on.machine.load(address, 4).view(np.uint32)[:, 0]),
     "load_byte": lambda address: Register(on.machine.load(address, 1)[:, 0].astype(np.uint32)),
