@@ -200,6 +200,17 @@ def test_shapes_that_do_not_fit_are_named(change, message):
         decode_attention(*arrays, 8)
 
 
+def test_a_cache_of_more_elements_than_32_bits_count():
+    shape = jax.ShapeDtypeStruct
+    k = shape((32, 8, 32, 5120, 128), jnp.bfloat16)
+    qkv, mask, turn = shape((8, 96, 128), k.dtype), shape((8, 5120), bool), shape((8, 64), jnp.float32)
+    arrays = qkv, k, k, mask, shape((), jnp.int32), turn, turn, None, shape((), jnp.int32)
+    append = functools.partial(append_triton.append_attention, scale=0.1)
+    assert append_triton.unsupported(*arrays[:-1], scale=0.1, layer=arrays[-1]) is None
+    # Pallas takes 64-bit offsets above 2**32 bytes.
+    assert "append_attention_triton" in lower(lambda *a: append(*a[:-1], layer=a[-1]), *arrays)
+
+
 def test_many_queries_of_a_head_are_left_to_xla():
     q, k = jax.ShapeDtypeStruct((1, 71, 64), jnp.float32), jnp.ones((1, 1, 8, 64))
     why = triton.unsupported(q, k, k, None, 8, scale=1.0)
