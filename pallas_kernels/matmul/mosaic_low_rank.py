@@ -11,7 +11,7 @@ from pallas_kernels import mosaic_memory as mem
 from pallas_kernels.matmul.problem import Operands, Problem
 
 STEP = 16  # of the rank, in an mma
-Steps = list[tuple[mg.Int, mg.Value]]  # those of a warp, and whether each is wanted
+Steps = list[tuple[mg.Int, mg.Value]]  # and whether each is wanted
 
 
 def section(problem: Problem, row: mg.Int) -> mg.Int:
@@ -31,11 +31,9 @@ class LowRank:
         self.hidden, self.b = (mem.global_address(refs.adapter[i]) for i in range(2))
         self.b = self.b + layer.wide() * (2 * problem.n * problem.rank)
 
-    def steps(self, first, apart: int, wanted: mg.Value) -> Steps:
-        """The steps first, first + apart, ..., all up to the same end, as far as `wanted`."""
-        count = math.ceil(self.problem.rank / STEP)
-        mine = [first + start for start in range(0, count, apart)]
-        return [(step, mg.both(wanted, step < count)) for step in mine]
+    def steps(self, wanted: mg.Value) -> Steps:
+        """All steps, as far as `wanted`."""
+        return [(mg.Int(i), wanted) for i in range(math.ceil(self.problem.rank / STEP))]
 
     def load(self, row: mg.Int, steps: Steps, columns: int) -> list[mg.Value]:
         """Start to load the fragments of 16 rows: 4 words of B, then 2 for each 8 of M, a step.
@@ -43,7 +41,7 @@ class LowRank:
         `row` is the first of the 16. The words are for `add` alone: to look at one is to wait.
         """
         p, group = self.problem, self.lane >> 2
-        first, pitch = section(self.problem, row) * p.rank, len(p.sections) * p.rank
+        first, pitch = section(p, row) * p.rank, len(p.sections) * p.rank
         rows = [(row + group + offset).at_most(p.n - 1) * p.rank for offset in (0, 8)]
         hidden = [(group + 8 * c).at_most(p.m - 1) * pitch + first for c in range(columns)]
         words = []

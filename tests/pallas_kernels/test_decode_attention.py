@@ -174,11 +174,12 @@ def test_a_new_token_joins_the_cache(shape, layers):
         ({"v": (2, 2, 9, 16)}, r"k is float32\[2,2,8,16\] and v float32\[2,2,9,16\], both must be"),
         ({"mask": (1, 8)}, r"mask has shape \(1, 8\), must be \(2, 8\)"),
         ({"cos": (2, 16)}, r"cos has shape \(2, 16\) and sin \(2, 8\), both must be \(2, 8\)"),
+        ({"a": (3, 32)}, r"a has shape \(3, 32\), must be \[R, 64\]"),
     ],
 )
 def test_shapes_of_a_new_token_that_do_not_fit_are_named(change, message):
     shapes = {"qkv": (2, 8, 16), "k": (2, 2, 8, 16), "v": (2, 2, 8, 16), "mask": (2, 8)}
-    shapes |= {"length": (), "cos": (2, 8), "sin": (2, 8)} | change
+    shapes |= {"length": (), "cos": (2, 8), "sin": (2, 8), "a": (3, 64)} | change
     arrays = [jnp.ones(shape, bool if name == "mask" else float) for name, shape in shapes.items()]
     with pytest.raises(ValueError, match=message):
         append_attention(*arrays)
@@ -203,12 +204,22 @@ def test_shapes_that_do_not_fit_are_named(change, message):
 def test_a_cache_of_more_elements_than_32_bits_count():
     shape = jax.ShapeDtypeStruct
     k = shape((32, 8, 32, 5120, 128), jnp.bfloat16)
-    qkv, mask, turn = shape((8, 96, 128), k.dtype), shape((8, 5120), bool), shape((8, 64), jnp.float32)
+    qkv, mask = shape((8, 96, 128), k.dtype), shape((8, 5120), bool)
+    turn = shape((8, 64), jnp.float32)
     arrays = qkv, k, k, mask, shape((), jnp.int32), turn, turn, None, shape((), jnp.int32)
     append = functools.partial(append_triton.append_attention, scale=0.1)
     assert append_triton.unsupported(*arrays[:-1], scale=0.1, layer=arrays[-1]) is None
     # Pallas takes 64-bit offsets above 2**32 bytes.
     assert "append_attention_triton" in lower(lambda *a: append(*a[:-1], layer=a[-1]), *arrays)
+
+
+def test_adapters_that_the_kernel_does_not_take():
+    x = jnp.ones
+    arrays = x((1, 6, 16)), *[x((1, 1, 8, 16))] * 2, x((1, 8), bool), 8, *[x((1, 8))] * 2
+    with pytest.raises(ValueError, match="a is bfloat16, must be qkv's float32"):
+        append_attention(*arrays, x((3, 64), jnp.bfloat16))
+    why = append_triton.unsupported(*arrays, x((1000, 64)), scale=1.0)
+    assert why == "rank 1000 and 4 heads of 16 are too much for the registers"
 
 
 def test_many_queries_of_a_head_are_left_to_xla():
