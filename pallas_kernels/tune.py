@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.matmul.config_large import large_candidates
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK, DoubleQuantScales
 from pallas_kernels.user_tiles import Choice, Key, Tiles
@@ -46,10 +45,9 @@ def candidates(key: Key, limit: int) -> Iterator[tuple[str, Tiles | None]]:
 
 def _tiles(backend: str, key: Key, limit: int) -> Iterable[Tiles | None]:
     if backend == "mosaic_large":
-        from pallas_kernels.mosaic import multiprocessors
+        from pallas_kernels.matmul import mosaic_large
 
-        sides = (key.k, key.n) if key.transpose else (key.n, key.k)
-        return large_candidates(key.m, *sides, multiprocessors())[:limit]
+        return mosaic_large.candidates(key.m, key.n, key.k, key.transpose)[:limit]
     if backend == "mosaic_gpu":
         from pallas_kernels.matmul import mosaic_gpu
 

@@ -5,6 +5,7 @@ import math
 
 CLUSTER = 2  # blocks of 128 outputs, with the same rows of x
 MOST_SHARES = 8  # of a tile
+ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,43 +58,61 @@ def divide(tiles: LargeTiles, count: int, units: int, sms: int) -> Division:
     evenly = tiles.split == 1
     clusters = min(most, count * (min(MOST_SHARES, units) if evenly else shares))
     rounds, rest = divmod(count, clusters)
-    if evenly and rounds and rest:  # then no tile is in more than three shares
+    if evenly and rounds and 0 < 2 * rest < clusters:  # then no tile is in more than three shares
         rounds, rest = rounds - 1, rest + clusters
     return Division(clusters, shares, rounds, rest, evenly or shares > 1)
 
 
 # Microseconds, by measurement on an H100 (SXM); by the tile's rows of x: of a step of 64, and of a
 # tile. Of a launch, of another cluster's sum of a tile, of an exchange, and of a MB of sums there.
+# What a tile takes longer where the weight is contracted along N, but for the first.
 _STEP_US = {256: 0.67, 128: 0.44}
 _TILE_US = {256: 2.1, 128: 2.9}
 _LAUNCH_US, _SUM_US, _EXCHANGE_US, _MEGABYTE_US = 2.3, 8.2, 1.1, 0.55
+_TRANSPOSED_US = 1.2
 
 
-def large_time(tiles: LargeTiles, m: int, outputs: int, contracted: int, sms: int) -> float:
+def _wait_for_x(m: int, contracted: int) -> float:
+    """What part longer the steps of uneven shares take.
+
+    Each is at its own place of the contraction: what they read of x has to be in the L2 cache.
+    """
+    megabytes = min(m, ROW_GROUP * 256) * contracted * 2 / 1e6
+    return min(0.3, max(0, megabytes - 20) / 45)
+
+
+def large_time(
+    tiles: LargeTiles, m: int, outputs: int, contracted: int, transpose: bool, sms: int
+) -> float:
     """Estimated microseconds of `mosaic_large`."""
     count = math.ceil(outputs / 256) * math.ceil(m / tiles.rows)
     units = math.ceil(contracted / 128)
     work = divide(tiles, count, units, sms)
     rest = math.ceil(work.rest * (units if work.splits else 1) / work.clusters)
     steps = 2 * (work.rounds * units + rest * (1 if work.splits else units))
-    us, tile_us = _LAUNCH_US + steps * _STEP_US[tiles.rows], _TILE_US[tiles.rows]
+    tile_us = _TILE_US[tiles.rows]
     if work.shares > 1:
-        sums = work.clusters * CLUSTER * 512 * tiles.rows / 1e6 * (1 - 1 / work.shares)
-        return us + tile_us / work.shares + _EXCHANGE_US + sums * _MEGABYTE_US
-    us += tile_us * (work.rounds + math.ceil(work.rest / work.clusters))
-    if not work.splits or not work.rest:
-        return us
-    return us + _SUM_US * max(1, math.ceil(work.clusters / work.rest) - 1)
+        megabytes = work.clusters * CLUSTER * 512 * tiles.rows / 1e6 * (1 - 1 / work.shares)
+        us = tile_us / work.shares + _EXCHANGE_US + megabytes * _MEGABYTE_US
+    else:
+        count = work.rounds + math.ceil(work.rest / work.clusters)  # of a cluster
+        us = tile_us * count + transpose * _TRANSPOSED_US * (count - 1)
+        if work.splits and work.rest:
+            steps += 2 * rest * _wait_for_x(m, contracted)
+            us += _SUM_US * max(1, math.ceil(work.clusters / work.rest) - 1)
+    return _LAUNCH_US + steps * _STEP_US[tiles.rows] + us
 
 
-def large_candidates(m: int, outputs: int, contracted: int, sms: int) -> list[LargeTiles]:
+def large_candidates(
+    m: int, outputs: int, contracted: int, transpose: bool, sms: int
+) -> list[LargeTiles]:
     """All tiles, the least estimated time first."""
-    return sorted(LARGE_TILES, key=lambda t: large_time(t, m, outputs, contracted, sms))
+    return sorted(LARGE_TILES, key=lambda t: large_time(t, m, outputs, contracted, transpose, sms))
 
 
 def decoded_time(m: int, n: int, k: int) -> float:
     """Estimated microseconds of a decode kernel and then XLA's dot, on an H100 (SXM)."""
     decode = n * k * (2.5 + 4 / 64) / 2.75e6 + 1
     # At the rate of the tensor cores, of memory, or of one tile.
-    dot = max(2 * m * n * k / 815e6, 2 * n * k / 2.6e6 + 6, k / 290)
+    dot = max(2 * m * n * k / 805e6, 2 * n * k / 2.6e6 + 6, k / 290)
     return decode + dot + 3

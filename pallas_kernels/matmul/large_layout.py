@@ -17,13 +17,12 @@ from jax.extend.mlir import ir
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_table as pair_table
-from pallas_kernels.matmul.config_large import CLUSTER, LargeTiles, divide
+from pallas_kernels.matmul.config_large import CLUSTER, ROW_GROUP, LargeTiles, divide
 from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Rows
 from pallas_kernels.matmul.problem import Problem
 
 MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
-ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
 
 
 class Layout:

@@ -52,9 +52,7 @@ def matmul(x, packed, scales, codebook, *, block_size, transpose=False, layer=No
     """See `pallas_kernels.matmul`. `config` are `LargeTiles`; None estimates the best."""
     problem, operands = prepare(x, packed, scales, codebook, block_size, layer)
     sms = mg.multiprocessors()
-    sides = problem.n, problem.k
-    outputs, contracted = reversed(sides) if transpose else sides
-    tiles = config or large_candidates(problem.m, outputs, contracted, sms)[0]
+    tiles = config or candidates(problem.m, problem.n, problem.k, transpose)[0]
     return build(problem, tiles, transpose, sms)(operands)
 
 
@@ -81,13 +79,18 @@ def unsupported(
     return None
 
 
+def candidates(m: int, n: int, k: int, transpose: bool) -> list[LargeTiles]:
+    """Tiles for the device that the current trace is for, the least estimated time first."""
+    outputs, contracted = (k, n) if transpose else (n, k)
+    return large_candidates(m, outputs, contracted, transpose, mg.multiprocessors())
+
+
 def slower(x, packed, scales, codebook, *, block_size, transpose=False, layer=None) -> str | None:
     """Why decoding to memory and an ordinary dot is estimated to be faster, or None."""
     m, n, k = x.shape[0], packed.shape[-2], 2 * packed.shape[-1]
+    tiles = candidates(m, n, k, transpose)[0]
     outputs, contracted = (k, n) if transpose else (n, k)
-    sms = mg.multiprocessors()
-    tiles = large_candidates(m, outputs, contracted, sms)[0]
-    here = large_time(tiles, m, outputs, contracted, sms)
+    here = large_time(tiles, m, outputs, contracted, transpose, mg.multiprocessors())
     there = decoded_time(m, n, k)
     if here <= there:
         return None
@@ -176,13 +179,7 @@ class _Block:
                 )
             return a
 
-        with mg.when(self.at.warpgroup.equals(1)):
-            self.sync_start()
         mg.loop(share.segments(), [word.value for word in self.operand(mg.Int(0))], segment)
-
-    def sync_start(self) -> None:
-        """Let the first warpgroup lead by two steps: one stores a tile while the other works."""
-        mg.sync_threads(mg.Int(MULTIPLIERS_BARRIER), MULTIPLYING)
 
     def operand(self, p: mg.Int) -> list[mg.Int]:
         """Wait for a step, and decode it."""
@@ -212,8 +209,6 @@ class _Block:
             a = self.operand((p + 2).at_most(last))  # the last is decoded again, to no effect
             acc = mg.wgmma_finish(acc, b)
             self.ring.release(p + 1)
-            with mg.when(mg.both(p.equals(0), self.at.warpgroup.equals(0))):
-                self.sync_start()
             return acc + [word.value for word in a]
 
         carry = mg.loop(units, [mg.zero()] * size + a, unit)
