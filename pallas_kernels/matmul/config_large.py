@@ -63,13 +63,13 @@ def divide(tiles: LargeTiles, count: int, units: int, sms: int) -> Division:
     return Division(clusters, shares, rounds, rest, evenly or shares > 1)
 
 
-# Microseconds, by measurement on an H100 (SXM); by the tile's rows of x: of a step of 64, and of a
-# tile. Of a launch, of another cluster's sum of a tile, of an exchange, and of a MB of sums there.
-# What a tile takes longer where the weight is contracted along N, but for the first.
-_STEP_US = {256: 0.67, 128: 0.44}
-_TILE_US = {256: 2.1, 128: 2.9}
-_LAUNCH_US, _SUM_US, _EXCHANGE_US, _MEGABYTE_US = 2.3, 8.2, 1.1, 0.55
-_TRANSPOSED_US = 1.2
+# Microseconds, by measurement on an H100 (SXM).
+_STEP_US = {(256, False): 0.67, (256, True): 0.67, (128, False): 0.44, (128, True): 0.5}  # of 64
+_TILE_US = {256: 2.1, 128: 2.9}  # by its rows of x
+_LATER_TILE_US = {False: 0, True: 1.2}  # more for each tile but the first, in either direction
+_LAUNCH_US = 2.3
+_SUM_US = 8.2  # of another cluster's sum of a tile
+_EXCHANGE_US, _MEGABYTE_US = 1.1, 0.55  # of an exchange of sums, and of their bytes
 
 
 def _wait_for_x(m: int, contracted: int) -> float:
@@ -96,11 +96,11 @@ def large_time(
         us = tile_us / work.shares + _EXCHANGE_US + megabytes * _MEGABYTE_US
     else:
         count = work.rounds + math.ceil(work.rest / work.clusters)  # of a cluster
-        us = tile_us * count + transpose * _TRANSPOSED_US * (count - 1)
+        us = tile_us * count + _LATER_TILE_US[transpose] * (count - 1)
         if work.splits and work.rest:
             steps += 2 * rest * _wait_for_x(m, contracted)
             us += _SUM_US * max(1, math.ceil(work.clusters / work.rest) - 1)
-    return _LAUNCH_US + steps * _STEP_US[tiles.rows] + us
+    return _LAUNCH_US + steps * _STEP_US[tiles.rows, transpose] + us
 
 
 def large_candidates(
