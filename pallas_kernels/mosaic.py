@@ -239,6 +239,12 @@ def round_to(value: ir.Value, dtype: jax.typing.DTypeLike) -> ir.Value:
     return value if type_ == value.type else arith.truncf(type_, value)
 
 
+def widen(halves: ir.Value, count: int) -> list[ir.Value]:
+    """The 16-bit floats of a vector, as floats."""
+    parts = (llvm.extractelement(halves, Int(i).value) for i in range(count))
+    return [arith.extf(f32(), part) for part in parts]
+
+
 def _ptx_name(dtype: jax.typing.DTypeLike) -> str:
     return {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
 

@@ -202,6 +202,7 @@ PRIMITIVES = {
     "fma": lambda a, b, c: a * b + c,
     "mul_then_add": lambda a, b, c: a * b + c,
     "round_to": lambda value, dtype: value.astype(np.dtype(dtype)),
+    "widen": lambda halves, count: list(halves.astype(np.float32).T),
     "pack_pair": lambda low, high, dtype: pack(np.stack([low, high], -1), dtype),
     "mul_pairs": lambda a, b, dtype: pack(unpack(a, dtype) * unpack(b, dtype), dtype),
     "mma": mma,
@@ -229,6 +230,9 @@ PRIMITIVES = {
     "prefetch": lambda address: on.machine.load(address, 1),
     "load_half": lambda address, dtype: (
         on.machine.load(address, 2).view(np.dtype(dtype))[:, 0].astype(np.float32)
+    ),
+    "load_halves": lambda address, count, dtype: on.machine.load(address, 2 * count).view(
+        np.dtype(dtype)
     ),
     "load_word": lambda address: Register(on.machine.load(address, 4).view(np.uint32)[:, 0]),
     "load_byte": lambda address: Register(on.machine.load(address, 1)[:, 0].astype(np.uint32)),
