@@ -112,6 +112,11 @@ def both(a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.andi(a, b)
 
 
+def either(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Whether one of two conditions holds."""
+    return arith.ori(a, b)
+
+
 # Control
 
 

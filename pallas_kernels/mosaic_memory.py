@@ -162,8 +162,8 @@ def await_signal(address: mg.Int, tag: mg.Int) -> None:
 
 
 def fence_proxy() -> None:
-    """Let the copies that this thread starts later read what it knows to be written."""
-    mg.asm(None, [], "fence.proxy.async;", "~{memory}", effects=True)
+    """Let copies that this thread starts later read the global memory it knows to be written."""
+    mg.asm(None, [], "fence.proxy.async.global;", "~{memory}", effects=True)
 
 
 def store_matrices_transposed(row: mg.Int, words: Sequence[mg.Int]) -> None:
