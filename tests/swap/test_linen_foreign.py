@@ -61,7 +61,7 @@ def make(scan_axis=None, cfg=F32):
         return module, qjax.quantize_params(params, cfg, module=module, example_args=(IDS,))
 
 
-@pytest.mark.parametrize("scan_axis", [None, 0, 1])
+@pytest.mark.parametrize("scan_axis", [None, pytest.param(0, marks=pytest.mark.slow), 1])
 def test_whole_model(scan_axis):
     module, params = make(scan_axis)
     prefix, stacked = ("layer/", 0) if scan_axis is None else ("layers/", 1)
