@@ -14,7 +14,7 @@ from tests.swap.nnx_models import F32
 class Stack(nnx.Module):
     """Two blocks made by nnx.vmap, run by nnx.scan."""
 
-    def __init__(self, rngs, heads=False):
+    def __init__(self, rngs):
         @nnx.split_rngs(splits=2)
         @nnx.vmap
         def make(rngs):
