@@ -49,6 +49,7 @@ def test_include_exclude_and_overrides():
     assert (first.kernel.q.format, first.kernel.q.block_size) == ("nf4", 64)
     assert (second.kernel.q.format, second.kernel.q.block_size) == ("fp4", 32)
     want = decoded(model, Model(nnx.Rngs(0)))(IDS)
+    # As above.
     np.testing.assert_allclose(model(IDS), want, rtol=1e-4, atol=1e-4)
 
 
@@ -148,6 +149,23 @@ class TestBadInput:
         )
         with pytest.raises(ValueError, match=message):
             qjax.quantize_model(Model(nnx.Rngs(0)), qjax.QuantConfig(include="q_proj"))
+
+    @pytest.mark.parametrize(
+        "fields, name",
+        [
+            ({"exclude": "q_proj"}, "exclude='q_proj'"),
+            ({"overrides": {"q_proj": {"format": "fp4"}}}, r"overrides\['q_proj'\]"),
+        ],
+    )
+    def test_other_patterns_that_match_nothing(self, fields, name):
+        message = f"{name} matches no weight of a dense layer and changes nothing; there are: .*key"
+        with pytest.warns(UserWarning, match=message):
+            model = qjax.quantize_model(Model(nnx.Rngs(0)), qjax.QuantConfig(**fields))
+        assert quantized(model) == QUANTIZED
+
+    def test_no_config(self):
+        with pytest.raises(TypeError, match="cfg must be a QuantConfig, got 'nf4'"):
+            qjax.quantize_model(Model(nnx.Rngs(0)), "nf4")
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_not_finite(self, value):
