@@ -56,6 +56,7 @@ def test_from_float_copies(case):
     assert type(plain) is case.make.float_class
     assert isinstance(getattr(plain, case.weight), nnx.Param)
     y = call(layer, case, inputs(case))
+    # As in test_matches_float64.
     np.testing.assert_allclose(y, oracle(layer, case, inputs(case)), rtol=1e-5, atol=1e-5)
 
 
@@ -123,6 +124,7 @@ class TestEmbed:
         w = np.asarray(layer.embedding.q.dequantize(), np.float64)
         a, b = np.asarray(layer.lora_a[...]), np.asarray(layer.lora_b[...])
         w = w + LORA.scaling * np.einsum("dr,rv->vd", a, b)
+        # Sums of 4 float32 products, and one more: some 4 * 2**-24.
         np.testing.assert_allclose(layer(ids), w[np.asarray(ids)], rtol=1e-5, atol=1e-5)
 
     def test_one_row_is_broadcast(self):

@@ -41,6 +41,7 @@ class TestTransforms:
         a, b = np.asarray(stacked.lora_a[...]), np.asarray(stacked.lora_b[...])
         for i in range(3):
             want = want @ (w[i] + LORA.scaling * a[i] @ b[i])
+        # Three float32 products of K = 32, whose values an adapter makes some 20.
         np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
 
     def test_vmap_over_stacked_layers(self):
@@ -48,6 +49,7 @@ class TestTransforms:
         x = jax.random.normal(jax.random.key(0), (3, 2, 32))
         y = nnx.vmap(lambda layer, x: layer(x))(stacked, x)
         want = np.einsum("lbk,lkn->lbn", x, stacked.kernel.q.dequantize())
+        # K = 32 float32 products in another order: some 32 * 2**-24.
         np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
     def test_dropout_in_a_scan(self):

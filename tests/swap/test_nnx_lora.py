@@ -74,6 +74,7 @@ class TestLora:
         plain = qjax.dequantize_model(model)
         assert type(plain.by_name["out"]) is LoraLinear
         assert plain.by_name["out"].kernel.dtype == jnp.float32
+        # The same sums in float32, in another order.
         np.testing.assert_allclose(plain(IDS), model(IDS), rtol=1e-4, atol=1e-4)
         again = qjax.quantize_model(plain, F32)
         assert quantized(again) == QUANTIZED
@@ -89,6 +90,8 @@ class TestLora:
             qjax.add_lora(model, qjax.LoraConfig(include="q_proj"), rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=r"no layer is in 4 bits, .*call quantize_model"):
             qjax.add_lora(Model(nnx.Rngs(0)), self.cfg, rngs=nnx.Rngs(0))
+        with pytest.raises(TypeError, match="cfg must be a LoraConfig, got 8"):
+            qjax.add_lora(model, 8, rngs=nnx.Rngs(0))
         with pytest.raises(TypeError, match=re.escape("rngs must be an nnx.Rngs, got int")):
             qjax.add_lora(model, self.cfg, rngs=0)
         with pytest.raises(ValueError, match="Linear has no layer in 4 bits"):

@@ -87,6 +87,7 @@ class TestRegister:
         qjax.add_lora(model, qjax.LoraConfig(rank=4), rngs=nnx.Rngs(0))
         model.matrix_lora_b[...] = jnp.ones((4, 64))
         want = qjax.merge_lora(model, jnp.float32).matrix[...][:2]
+        # Sums of 4 float32 products and one more, in another order.
         np.testing.assert_allclose(model(jnp.arange(2)), want, rtol=1e-5, atol=1e-5)
 
     def test_a_subclass_goes_before_its_base(self):

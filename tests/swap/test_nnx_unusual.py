@@ -29,6 +29,7 @@ def test_foreign_subclass_reads_a_decoded_weight():
     layer.kernel_lora_b[...] = jnp.ones((4, 8))
     merged = qjax.merge_lora(model, jnp.float32).layers[0]
     assert type(merged) is Scaled
+    # One program computes W + scaling * A B, another x times it: a few times 2**-24.
     np.testing.assert_allclose(layer(x), merged(x), rtol=1e-6)
     assert np.abs(layer(x) - 2.0 * (x @ layer.kernel.q.dequantize())).max() > 0.1
 
