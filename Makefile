@@ -50,8 +50,10 @@ $(OLDEST)/.stamp: pyproject.toml .python-version .ci/oldest.py
 demo: $(VENV)/.stamp-model
 	@$(BIN)/qjax demo
 
+# Most of the time goes into compiling small programs: here without XLA's expensive passes, in
+# test-all as users compile them.
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -n $(WORKERS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 test-all: $(VENV)/.stamp-model
 	$(BIN)/python -m pytest -n $(WORKERS) -m "$(NOT_GPU)"

@@ -129,13 +129,13 @@ def test_the_limit_is_bytes_for_one_row_and_operations_for_many(module):
     assert limit(4096, 14336, 8192) == 1
 
 
-@pytest.mark.parametrize("name", ["better_bits", "qat"])
-def test_the_readme_quotes_the_files_of_quality(name, module):
-    section = module("quality_readme").section(name)
+@pytest.mark.parametrize("name", ["summary", "better_bits", "qat", "training", "generation"])
+def test_the_readme_quotes_the_other_files(name, module):
+    section = module("readme_tables").section(name)
     assert section in (FOLDER.parent / "README.md").read_text()
 
 
-def test_a_method_is_better_if_every_draw_is(module):
+def test_a_method_is_better_if_every_draw_is(module, monkeypatch):
     def rows(key, plain, draws, **kinds):
         first = {"method": "plain", "seed": None, key: plain} | kinds
         return [first, *({"method": "awq", "seed": i, key: v} | kinds for i, v in enumerate(draws))]
@@ -146,7 +146,9 @@ def test_a_method_is_better_if_every_draw_is(module):
     }
     for row, kl in zip(report["smollm2"]["rows"], (0.5, 0.3, 0.2), strict=True):
         row["kl"] = kl
-    table = module("quality_readme").better_bits(report).splitlines()
+    tables = module("readme_tables")
+    monkeypatch.setattr(tables, "load", lambda name: report)
+    table = tables.better_bits().splitlines()
     assert table[2] == "| plain | 20.00 | 0.500 | 0.0400 |  |"
     line = "| awq | 18.50 (18.00 to 19.00) | 0.250 (0.200 to 0.300) | 0.0400 (0.0300 to 0.0500) "
     assert table[3] == line + "| not in cosine |"

@@ -201,15 +201,18 @@ def test_another_scaling_is_refused(model_path, model, tmp_path):
 
 
 def test_another_nnx_model_is_refused(model, model_path, tmp_path):
-    with pytest.raises(ValueError, match=r"in the checkpoint and not in `like`: .*lora_a"):
+    with pytest.raises(ValueError, match=r"not in `like`: .*lora_a.*\. Add adapters to `like` f"):
         qjax.load(model_path, make_model(lora=False))
     qjax.save(tmp_path / "x", model, only="adapters")
     with pytest.raises(ValueError, match=r"`like` has none: add them first, with qjax.add_lora"):
         qjax.load(tmp_path / "x", make_model(lora=False))
     with pytest.raises(ValueError, match=r"like` must hold the rest, and blocks/0/.* is abstract"):
         qjax.load(tmp_path / "x", nnx.eval_shape(make_model))
-    with pytest.raises(ValueError, match=r"5 in `like` and not in the checkpoint: .*kernel"):
+    with pytest.raises(ValueError, match=r"5 in `like` and .*: .*kernel.*\. Quantize `like` first"):
         qjax.load(model_path, Model(nnx.Rngs(0)))
+    qjax.save(tmp_path / "float", Model(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"It holds no quantized weight: load it into a float mod"):
+        qjax.load(tmp_path / "float", make_model(lora=False))
 
 
 def test_nnx_onto_a_mesh_and_back(model, model_path, tmp_path):

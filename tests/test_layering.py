@@ -78,7 +78,7 @@ def read_imports(path: pathlib.Path, text: str) -> list[Import]:
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
-    found = []
+    file, found = path.relative_to(ROOT).as_posix(), []
 
     def visit(node: ast.AST, function: str | None) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -93,9 +93,8 @@ def read_imports(path: pathlib.Path, text: str) -> list[Import]:
                 full = f"{base}.{alias.name}"
                 ours = base.split(".")[0] in PACKAGES
                 names.append(full if not ours or is_module(full) else base)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "jax._src":
-            names = ["jax._src"]
-        file = path.relative_to(ROOT).as_posix()
+        elif isinstance(node, ast.Attribute) and node.attr == "_src":
+            names = ["jax._src"] if ast.unparse(node.value) == "jax" else []
         found.extend(Import(file, getattr(node, "lineno", 0), name, function) for name in names)
         for child in ast.iter_child_nodes(node):
             visit(child, function)

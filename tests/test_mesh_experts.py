@@ -77,11 +77,8 @@ def train(model, mesh, steps=3):
     return losses, compiled
 
 
-@pytest.mark.parametrize(
-    "axis_type",
-    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
-    ids=["auto", "explicit"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_training_sends_nothing_and_checkpoints_move_to_another_mesh(axis_type, tmp_path):
     mesh = mesh_of(8, axis_type)
     model = make(mesh)

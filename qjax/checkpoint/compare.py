@@ -28,7 +28,10 @@ def check_base(target: Named) -> None:
 
 def compare(header: Header, target: Named) -> None:
     """Raise ValueError at the first difference: the leaf, what `target` needs, what is stored."""
-    same_names("in the checkpoint", header.leaves, "in `like`", target.leaves)
+    try:
+        same_names("in the checkpoint", header.leaves, "in `like`", target.leaves)
+    except ValueError as error:
+        raise ValueError(f"{error}{_advice(header, target)}") from None
     found, expected = header.marks.qtensors, target.marks.qtensors
     same_names("a QTensor in the checkpoint", found, "one in `like`", expected)
     for name, q in expected.items():
@@ -38,6 +41,17 @@ def compare(header: Header, target: Named) -> None:
         _same_fields(name, {"scaling": scaling}, {"scaling": stored})
     for name, leaf in target.leaves.items():
         _same_array(name, leaf, header.leaves[name])
+
+
+def _advice(header: Header, target: Named) -> str:
+    """Say what to do where names differ for one reason."""
+    if header.marks.qtensors and not target.marks.qtensors:
+        return ". Quantize `like` first, with qjax.quantize_model or qjax.quantize_params"
+    if target.marks.qtensors and not header.marks.qtensors:
+        return ". It holds no quantized weight: load it into a float model, and quantize that"
+    if header.marks.scalings and not target.adapters:
+        return ". Add adapters to `like` first, with qjax.add_lora or qjax.add_lora_params"
+    return ""
 
 
 def same_names(here: str, found: Iterable[str], there: str, expected: Iterable[str]) -> None:

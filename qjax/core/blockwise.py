@@ -15,7 +15,7 @@ from pallas_kernels.packing import pack
 from pallas_kernels.quantize.reference import SMALLEST_SCALE, encode, normalize, to_float32
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
-from qjax.core.config import QuantConfig
+from qjax.core.config import QuantConfig, check_config
 from qjax.core.double_quant import quantize_scales
 from qjax.core.encode import encode_rows
 from qjax.core.formats import format_of
@@ -54,7 +54,7 @@ def quantize(
     Raises:
         ValueError: axes out of range, an empty weight, NaN or inf, a shard of w that would split
             a block, or blocks that do not tile K in a format that is not in scales of float32.
-        TypeError: w is not a floating array.
+        TypeError: w is not a floating array, or cfg no QuantConfig.
 
     Example:
         >>> q = quantize(jnp.ones((128, 32)))
@@ -65,6 +65,7 @@ def quantize(
     """
     if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"{name} must be a floating array, got {getattr(w, 'dtype', type(w))}")
+    check_config(cfg, QuantConfig)
     if not 0 <= batch_ndim < max(w.ndim, 1):
         raise ValueError(f"{name}: batch_ndim={batch_ndim} must be below its rank {w.ndim}")
     axes = _contract_axes(contract_axes, w.ndim - batch_ndim, name)

@@ -17,6 +17,7 @@ class QuantConfig:
     """How weights are quantized, and which.
 
     Patterns are `re.search`ed in the "/"-joined path of a weight, such as `layers/0/attn/q/kernel`.
+    Where they are used, an include pattern that matches nothing is an error, any other a warning.
 
     Attributes:
         format: 4 bits: "nf4", "fp4" (bitsandbytes' table), "fp4_e2m1", "int4", "int4_asym" (with
@@ -91,6 +92,12 @@ class QuantConfig:
             if re.search(pattern, path):
                 return self._replace(fields)
         return dataclasses.replace(self, overrides=())
+
+
+def check_config(cfg: Any, kind: type) -> None:
+    """Raise TypeError unless `cfg` is of the class `kind`."""
+    if not isinstance(cfg, kind):
+        raise TypeError(f"cfg must be a {kind.__name__}, got {cfg!r}")
 
 
 def _block_size(kind: Format, value: int | None) -> int | None:

@@ -15,6 +15,8 @@ from qjax.hf.streaming import Checkpoint, packed_like
 from qjax.nn.nnx_param import QuantParam
 from qjax.swap.nnx import quantize_model
 from qjax.swap.nnx_find import find_layers
+from qjax.swap.nnx_raw import find_weights
+from qjax.swap.policy import matches
 
 
 class Item(NamedTuple):
@@ -61,6 +63,9 @@ def skeleton(
     if quant is not None:
         kept = [] if quant.include else list(source.family.float_layers)
         kept += [f"^{re.escape(item.path)}$" for item in plan if _is_skipped(item, skip)]
+        # Those that match nothing here are no mistake of the user's.
+        paths = [found.weight_path for found in find_weights(model)]
+        kept = [pattern for pattern in kept if any(matches(path, [pattern]) for path in paths)]
         quantize_model(model, dataclasses.replace(quant, exclude=(*(quant.exclude or ()), *kept)))
     return model, plan
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from qjax.core.blockwise import quantize_like
-from qjax.core.config import QuantConfig, patterns
+from qjax.core.config import QuantConfig, check_config, patterns
 from qjax.nn.linen_box import QuantBox, box_kernel, is_quant_box, with_adapter
 from qjax.nn.lora import LoraConfig
 from qjax.swap.linen_plan import leaves_by_path, path_string, plan_params
@@ -69,13 +69,14 @@ def quantize_params(
     Raises:
         ValueError: no weight in the tree; an `include` or other pattern that matches none, or
             only kernels that cannot be read; NaN or inf.
-        TypeError: a kernel is not floating.
+        TypeError: a kernel is not floating, or cfg no QuantConfig.
 
     Example:
         >>> params = nn.Dense(8).init(jax.random.key(0), jnp.ones((1, 64)))["params"]
         >>> quantize_params(params)["kernel"].q.shape
         (64, 8)
     """
+    check_config(cfg, QuantConfig)
     if _is_variables(params):
         variables = params
     elif isinstance(params, Mapping):
@@ -137,6 +138,7 @@ def add_lora_params(
         >>> params["kernel"].lora_a.shape, params["kernel"].lora_b.shape
         ((64, 4), (4, 8))
     """
+    check_config(cfg, LoraConfig)
     if cfg.modules_to_save:
         raise NotImplementedError(
             "modules_to_save for a Linen tree, where names alone tell what is trained: partition "

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 from flax import nnx
 
-from qjax.core.config import QuantConfig
+from qjax.core.config import QuantConfig, check_config
 from qjax.nn.nnx_layer import quantize_weight, stacked_ndim
 from qjax.nn.nnx_param import NOTE, QuantParam
 from qjax.swap.nnx_find import Found, layer_class
@@ -47,7 +47,7 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
         The model itself.
 
     Raises:
-        TypeError: not an NNX module; a weight is not floating.
+        TypeError: not an NNX module; a weight is not floating; cfg is no QuantConfig.
         ValueError: the model has no dense layer, an include pattern matches none of them, or a
             weight, named by path, holds NaN or inf.
 
@@ -57,6 +57,7 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
         >>> model.layers[0].kernel.q.bits_per_param
         4.140625
     """
+    check_config(cfg, QuantConfig)
     found = find_weights(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no dense layer to quantize")

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from qjax.core.config import check_config
 from qjax.core.qtensor import QTensor
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_adapter import save_param, saved_params
@@ -51,7 +52,7 @@ def add_lora(
         The model itself.
 
     Raises:
-        TypeError: not an NNX module.
+        TypeError: not an NNX module, cfg no LoraConfig, or rngs no nnx.Rngs.
         ValueError: no quantized layer, an include pattern that matches no dense layer, a layer that
             has an adapter already, or one whose own code would not use it; modules_to_save that
             match nothing, or a 4-bit weight; a source where none is needed, none where one is, or
@@ -64,6 +65,7 @@ def add_lora(
         >>> model.lora_a.shape, model.lora_b.shape
         ((64, 4), (4, 8))
     """
+    check_config(cfg, LoraConfig)
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}")
     saved = _modules_to_save(model, cfg)

@@ -6,6 +6,7 @@ by an `include` pattern gets it.
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 
 from qjax.core.config import QuantConfig
@@ -70,10 +71,10 @@ def matches(path: str, patterns: str | Iterable[str] | None) -> bool:
 
 
 def check_patterns(cfg: QuantConfig | LoraConfig, paths: Iterable[str], what: str) -> None:
-    """Raise ValueError for an include pattern that matches none of the paths.
+    """Raise ValueError for an include pattern that matches none of the paths; warn of the others.
 
     Args:
-        cfg: whose `include` is checked.
+        cfg: whose `include`, `exclude` and `overrides` are checked.
         paths: of all candidates.
         what: the candidates' name in the message, such as "dense layer".
     """
@@ -82,6 +83,15 @@ def check_patterns(cfg: QuantConfig | LoraConfig, paths: Iterable[str], what: st
         if not any(re.search(pattern, path) for path in paths):
             raise ValueError(
                 f"include={pattern!r} matches no {what}; there are: {listed(paths) or 'none'}"
+            )
+    # Not an error: one config may serve models of which some lack what it leaves alone.
+    others = [(f"exclude={pattern!r}", pattern) for pattern in cfg.exclude or ()]
+    others += [(f"overrides[{pattern!r}]", pattern) for pattern, _ in cfg.overrides]
+    for name, pattern in others:
+        if not any(re.search(pattern, path) for path in paths):
+            warnings.warn(
+                f"{name} matches no {what} and changes nothing; there are: {listed(paths)}",
+                stacklevel=3,
             )
 
 

@@ -59,6 +59,7 @@ def test_a_block_that_does_not_divide_straddles_rows(rng):
     line = w.T.reshape(-1)
     padded = np.pad(line, (0, 4)).reshape(11, 64).astype(np.float64)
     expected = nearest(padded, CODEBOOKS["nf4"].astype(np.float64)).reshape(-1)[:700]
+    # One product in float32: a rounding of 2^-24.
     np.testing.assert_allclose(q.dequantize().T.reshape(-1), expected, rtol=1e-6)
 
 
@@ -111,6 +112,7 @@ def test_encoding_needs_less_than_three_times_the_weight(shape):
         ),
         (jnp.ones((64, 2), jnp.complex64), {}, TypeError, "must be a floating array.*complex64"),
         ([1.0], {}, TypeError, "must be a floating array, got <class 'list'>"),
+        (jnp.ones((64, 2)), {"cfg": "fp4"}, TypeError, "cfg must be a QuantConfig, got 'fp4'"),
         (jnp.zeros((0, 2)), {}, ValueError, r"must not be empty, got shape \(0, 2\)"),
         (jnp.full((64, 2), jnp.nan), {}, ValueError, "layer/kernel holds NaN or inf"),
         (jnp.full((64, 2), jnp.inf), {}, ValueError, "layer/kernel holds NaN or inf"),

@@ -12,7 +12,7 @@ from flax import nnx
 import qjax
 from qjax.nn.lora import LoraConfig
 from qjax.nn.nnx_linear import LoraLinear
-from tests.nn.test_nnx_layers import CASES, F32, build, call, inputs
+from tests.nn.nnx_layers import CASES, F32, build, call, inputs
 
 DORA = LoraConfig(rank=4, alpha=12, dora=True)
 FAST = ("linear", "einsum_middle")

@@ -90,6 +90,7 @@ def test_other_formats_split_along_the_contraction(mesh, w, rng, format):
     y = jax.jit(qjax.matmul)(put(x, mesh, "d", "t"), q)
     assert spec_of(y) == ("d", None)
     product = np.float64(x) @ np.float64(expected.dequantize())
+    # Sums of 512 float32 products, of random signs: some sqrt(512) * 2**-24 of the largest.
     np.testing.assert_allclose(y, product, rtol=0, atol=1e-5 * np.abs(product).max())
 
 
@@ -99,6 +100,7 @@ def test_outside_jit_and_without_a_mesh_in_the_context(mesh, w, rng):
     y = qjax.matmul(put(x, mesh, "d"), q)
     assert spec_of(y) == ("d", "t")
     expected = np.float64(x) @ np.float64(q.dequantize())
+    # As above.
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

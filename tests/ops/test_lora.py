@@ -56,6 +56,7 @@ def test_einsum(name):
     x, a, b = double(x, a, b)
     w = np.einsum(adapter, a, b)
     np.testing.assert_allclose(y, np.einsum(equation, x, w), **TOLERANCE)
+    # Sums of few float32 products: a few times 2**-24.
     np.testing.assert_allclose(
         lora_weight(*map(jnp.float32, (a, b)), contract, batch), w, rtol=1e-5
     )
@@ -93,4 +94,5 @@ def test_gradients_match_the_merged_product():
     got = jax.grad(loss(lora_matmul), argnums=(0, 1, 2))(x, a, b)
     want = jax.grad(loss(lambda x, a, b: x @ (a @ b)), argnums=(0, 1, 2))(x, a, b)
     for g, w in zip(got, want, strict=True):
+        # float32 sums in another order, of squares that reach some 1000.
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-3)

@@ -35,6 +35,7 @@ def test_gradient_keeps_the_packed_weight_alone(q, rng):
     _, vjp = jax.vjp(lambda x: ragged_dot(x, q, jnp.asarray(SIZES)), x)
     w = np.asarray(q.dequantize(), np.float64)
     want = np.einsum("mn,mkn->mk", g, w[np.repeat(np.arange(E), SIZES)])
+    # As above.
     np.testing.assert_allclose(vjp(g)[0], want, rtol=1e-4, atol=1e-4)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(vjp) if hasattr(leaf, "nbytes")]
     assert max(sizes) <= q.packed.nbytes

@@ -42,6 +42,7 @@ def test_bfloat16_rounds_only_the_result():
     args, want = problem(11, 3, False, jnp.bfloat16)
     y = matmul(*args, block_size=BLOCK)
     assert y.dtype == jnp.bfloat16
+    # bfloat16 has 8 bits; the sums are as above.
     np.testing.assert_allclose(np.asarray(y).astype(np.float64), want, rtol=2**-8, atol=1e-4)
 
 

@@ -72,6 +72,7 @@ def test_linen_params(format, tmp_path):
     params = net.init(jax.random.key(1), x)["params"]
     qparams = qjax.quantize_params(params, config(format))
     want = net.apply({"params": qjax.dequantize_model(qparams)}, x)
+    # Sums of 64 and 96 float32 products of numbers around 1, in another order.
     np.testing.assert_allclose(qjax.apply(net, {"params": qparams}, x), want, atol=1e-5)
     qjax.save(tmp_path / "params", qparams)
     loaded = qjax.load(tmp_path / "params", like=qparams)

@@ -286,6 +286,10 @@ def test_arguments_that_do_nothing_are_refused():
     params = {"up": {"kernel": jnp.ones((64, 8))}}
     with pytest.raises(ValueError, match=r"include='attn' matches no kernel .*up/kernel"):
         qjax.quantize_params(params, qjax.QuantConfig(include="attn"))
+    with pytest.warns(UserWarning, match=r"exclude='attn' matches no kernel .*up/kernel"):
+        qjax.quantize_params(params, qjax.QuantConfig(exclude="attn"))
+    with pytest.raises(TypeError, match="cfg must be a QuantConfig, got 'fp4'"):
+        qjax.quantize_params(params, "fp4")
     with pytest.raises(ValueError, match="contract_axes: 'attn' matches no parameter"):
         qjax.quantize_params(params, CFG, contract_axes={"attn": (0,)})
     with pytest.raises(ValueError, match="batch_ndim: 'attn' matches no parameter"):

@@ -88,7 +88,8 @@ def test_ranks_by_layer(key):
     model = qjax.add_lora(qjax.quantize_model(Pair(nnx.Rngs(0)), CFG), cfg, rngs=nnx.Rngs(1))
     assert (model.up.lora_a.shape[-1], model.up.lora_config.scaling) == (2, 8)
     assert (model.out.lora_a.shape[-1], model.out.lora_config.scaling) == (8, 0.5)
-    tree = qjax.quantize_params({"up": {"kernel": jnp.ones((32, 48)), "bias": jnp.ones(48)}}, CFG)
+    dense = {"kernel": jnp.ones((32, 48)), "bias": jnp.ones(48)}
+    tree = qjax.quantize_params({"up": dense, "out": dense}, CFG)
     box = qjax.add_lora_params(tree, cfg, key)["up"]["kernel"]
     assert (box.lora_a.shape[-1], box.scaling) == (2, 8)
 

@@ -49,6 +49,7 @@ def test_gradients_are_those_of_a_float_layer_at_the_rounded_weights():
     rounded = qjax.dequantize_model(qjax.quantize_model(nnx.clone(model), CONFIG))
     wanted = nnx.grad(lambda model: (model(X) ** 2).mean())(rounded)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # The same float32 sums, in another order.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -60,6 +61,7 @@ def test_an_adapter_is_rounded_with_its_weight_and_gets_the_gradient():
     quantized = qjax.dequantize_model(qjax.quantize_model(merged, CONFIG))
     with qjax.fake_quantized(model, CONFIG):
         inside = model(X)
+    # The same float32 sums, in another order.
     np.testing.assert_allclose(inside, quantized(X), atol=1e-4)
 
     def loss(model):
@@ -108,6 +110,7 @@ def test_linen_parameters():
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     decoded = qjax.dequantize_model(qjax.quantize_params(params, CONFIG))
+    # The same float32 sums, in another order.
     np.testing.assert_allclose(value, (net.apply({"params": decoded}, X) ** 2).mean(), rtol=1e-5)
     want = jax.grad(lambda p: (net.apply({"params": p}, X) ** 2).mean())(decoded)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):

@@ -2,9 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from flax import nnx
 
+import qjax
+from qjax.nnx import QuantParam
+
 VOCAB, DIM, HEADS, HEAD_DIM, HIDDEN, EXPERTS = 50, 64, 2, 32, 96, 4
+F32 = qjax.QuantConfig(block_size=32, compute_dtype=jnp.float32)
+IDS = np.arange(6).reshape(2, 3)
+WARNING = r"decode their whole 4-bit weight at each call: layers/0/moe/down, layers/0/moe/up; "
+# float32 sums in another order, of numbers around 1.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 class Einsum(nnx.Module):
@@ -100,3 +110,24 @@ class Model(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.lm_head(x)
+
+
+def quantized(cfg=F32, warning=WARNING):
+    with pytest.warns(UserWarning, match=warning):
+        return qjax.quantize_model(Model(nnx.Rngs(0)), cfg)
+
+
+def weights(model):
+    return {
+        "/".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, QuantParam))
+    }
+
+
+def by_hand(model):
+    """The float model, which knows nothing of qjax, with the weights of `model` decoded."""
+    plain = Model(nnx.Rngs(0))
+    floats = {"/".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(plain))}
+    for path, variable in weights(model).items():
+        floats[path].set_value(variable.q.dequantize())
+    return plain
