@@ -4,12 +4,14 @@ python benchmarks/decode.py --out benchmarks/results/decode.json
     --commit $(git rev-parse --short HEAD)
     [--cases llama-2-7b/nf4/off/1x64+192,llama-2-7b/bf16/off/1x2048+1] [--profile kernels.json]
 
-A case is shape/weights/adapters/batch x prompt + new tokens. Random NF4 weights with double
-quantization, or bfloat16; greedy. A rate counts the whole call of `generate`, prefill included: new
-tokens a second, or tokens of the prompt where one new token is asked for.
+A case is shape/weights/adapters/batch x prompt + new tokens, then any of /unfused (a layer for each
+projection), /list (blocks in a list, not stacked), /int8 and /int4 (of the cache). Random NF4
+weights with double quantization, or bfloat16; greedy. A rate counts the whole call of `generate`,
+prefill included: new tokens a second, or tokens of the prompt where one new token is asked for.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -30,7 +32,8 @@ CASES = [
     "llama-2-7b/nf4/on/1x64+192",
     "llama-2-7b/nf4/off/32x64+192",
 ]
-CASE = re.compile(r"(.*)/(nf4|bf16)/(on|off)/(\d+)x(\d+)\+(\d+)")
+CASE = re.compile(r"(.*)/(nf4|bf16)/(on|off)/(\d+)x(\d+)\+(\d+)((?:/\w+)*)")
+KINDS = {"", "unfused", "list", "int8", "int4"}
 
 
 def without_adapters(model):
@@ -46,19 +49,25 @@ class Case:
     """A call of `generate`."""
 
     def __init__(self, text: str, models: dict):
-        name, weights, self.adapters, *sizes = CASE.fullmatch(text).groups()
-        self.text, self.key = text, (name, weights)
+        name, weights, self.adapters, *sizes, kinds = CASE.fullmatch(text).groups()
+        self.text, known = text, set(kinds.split("/"))
+        if not known <= KINDS:
+            raise ValueError(f"{text} ends in {kinds}, must be of {sorted(KINDS)}")
+        self.kv_format = next(iter(known & {"int8", "int4"}), None)
         self.batch, self.prompt, self.new = map(int, sizes)
-        if self.key not in models:
-            nf4 = weights == "nf4"
-            models[self.key] = random_model(shape(name), quantized=nf4, rank=16 if nf4 else None)
-        model = models[self.key]
+        key = name, weights, frozenset(known & {"unfused", "list"})
+        if key not in models:
+            options = {"quantized": weights == "nf4", "rank": 16 if weights == "nf4" else None}
+            config = dataclasses.replace(shape(name), scan_layers="list" not in known)
+            models[key] = random_model(config, **options, fused="unfused" not in known)
+        model = models[key]
         self.model = model if self.adapters == "on" else without_adapters(model)
         random = np.random.default_rng(0)
         self.ids = random.integers(0, model.config.vocab_size, (self.batch, self.prompt))
 
     def __call__(self):
-        return jax.block_until_ready(self.model.generate(self.ids, max_new_tokens=self.new))
+        how = {"max_new_tokens": self.new, "kv_format": self.kv_format}
+        return jax.block_until_ready(self.model.generate(self.ids, **how))
 
     def warm(self) -> str | None:
         """Compile; return why it could not be done."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +76,15 @@ def fill(key: jax.Array, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random(key, shape, dtype):
-    def one(key):
+    def one(key, shape):
         if dtype == jnp.uint8:
-            return jax.random.bits(key, shape[1:], dtype)
-        return (0.02 * jax.random.normal(key, shape[1:], jnp.float32)).astype(dtype)
+            return jax.random.bits(key, shape, dtype)
+        return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
-    return jax.lax.map(one, jax.random.split(key, shape[0]))  # slice by slice: small temporaries
+    if math.prod(shape) < 2**26:
+        return one(key, shape)
+    # Slice by slice: small temporaries.
+    return jax.lax.map(lambda key: one(key, shape[1:]), jax.random.split(key, shape[0]))
 
 
 def parameters(config: ModelConfig) -> tuple[int, int]:

@@ -127,6 +127,7 @@ def generation() -> str:
         ("7B, batch 1", "llama-2-7b", "1x64+192"),
         ("7B, batch 32", "llama-2-7b", "32x64+192"),
         ("70B, batch 1", "llama-3-70b", "1x64+64"),
+        ("7B, batch 1, not fused", "llama-2-7b", "1x64+192/unfused"),
     ]:
         cases = (f"{model}/nf4/{adapters}/{size}" for adapters in ("off", "on"))
         rows.append([name, *(measured("decode", case, "tokens_per_s") for case in cases)])

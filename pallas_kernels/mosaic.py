@@ -112,6 +112,11 @@ def both(a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.andi(a, b)
 
 
+def either(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Whether one of two conditions holds."""
+    return arith.ori(a, b)
+
+
 # Control
 
 
@@ -232,6 +237,12 @@ def round_to(value: ir.Value, dtype: jax.typing.DTypeLike) -> ir.Value:
     """A float in another dtype."""
     type_ = element_type(dtype)
     return value if type_ == value.type else arith.truncf(type_, value)
+
+
+def widen(halves: ir.Value, count: int) -> list[ir.Value]:
+    """The 16-bit floats of a vector, as floats."""
+    parts = (llvm.extractelement(halves, Int(i).value) for i in range(count))
+    return [arith.extf(f32(), part) for part in parts]
 
 
 def _ptx_name(dtype: jax.typing.DTypeLike) -> str:

@@ -42,6 +42,12 @@ def load_half(address: mg.Int, dtype) -> ir.Value:
     return arith.extf(f32(), half)
 
 
+def load_halves(address: mg.Int, count: int, dtype) -> ir.Value:
+    """Load 2, 4 or 8 consecutive 16-bit floats, aligned to that width, as one vector."""
+    type_ = ir.VectorType.get((count,), mg.element_type(dtype))
+    return llvm.load(type_, _pointer(address), alignment=2 * count)
+
+
 def load_floats(address: mg.Int, count: int) -> list[ir.Value]:
     """Load 1, 2 or a multiple of 4 consecutive floats, aligned to that width."""
     if count == 1:
@@ -156,8 +162,8 @@ def await_signal(address: mg.Int, tag: mg.Int) -> None:
 
 
 def fence_proxy() -> None:
-    """Let the copies that this thread starts later read what it knows to be written."""
-    mg.asm(None, [], "fence.proxy.async;", "~{memory}", effects=True)
+    """Let copies that this thread starts later read the global memory it knows to be written."""
+    mg.asm(None, [], "fence.proxy.async.global;", "~{memory}", effects=True)
 
 
 def store_matrices_transposed(row: mg.Int, words: Sequence[mg.Int]) -> None:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.matmul.config_large import LARGE_TILES
 from pallas_kernels.matmul.problem import Problem
 from pallas_kernels.scales import SECOND_LEVEL_BLOCK, DoubleQuantScales
 from pallas_kernels.user_tiles import Choice, Key, Tiles
@@ -46,7 +45,9 @@ def candidates(key: Key, limit: int) -> Iterator[tuple[str, Tiles | None]]:
 
 def _tiles(backend: str, key: Key, limit: int) -> Iterable[Tiles | None]:
     if backend == "mosaic_large":
-        return LARGE_TILES[:limit]
+        from pallas_kernels.matmul import mosaic_large
+
+        return mosaic_large.candidates(key.m, key.n, key.k, key.transpose)[:limit]
     if backend == "mosaic_gpu":
         from pallas_kernels.matmul import mosaic_gpu
 

@@ -13,11 +13,13 @@ def append_attention(
     length,
     cos: jax.Array,
     sin: jax.Array,
+    a: jax.Array | None = None,
     *,
+    factor: float = 1.0,
     scale: float | None = None,
     layer: jax.Array | int | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
     """Rotate the query and the key, write key and value at the last slot, and attend.
 
     Args:
@@ -28,11 +30,15 @@ def append_attention(
         length: int32 scalar, the slots in use with the new one, which is the last of them.
         cos, sin: float32 [B, head_dim / 2], of the rotation of element i of a head together with
             element i + head_dim / 2 (RoPE, arXiv:2104.09864).
+        a: A of the next layer's adapter, transposed, in qkv's dtype: [R, heads * head_dim], with
+            `layer` [L, R, heads * head_dim]; None for none.
+        factor: of the result's product with A.
         scale, layer: as `decode_attention` takes them.
         implementation: None for the fastest that can run; "xla" or "triton".
 
     Returns:
-        [B, heads, head_dim] in qkv's dtype, and k and v with the new token.
+        [B, heads, head_dim] and factor * that A^T, [B, R] (None without `a`), in qkv's dtype and
+        computed in float32; k and v with the new token.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown implementation.
@@ -41,18 +47,19 @@ def append_attention(
     Example:
         >>> k = v = jnp.ones((1, 2, 8, 16))
         >>> mask, turn = jnp.ones((1, 8), bool), jnp.ones((1, 8))
-        >>> out, _, _ = append_attention(jnp.ones((1, 8, 16)), k, v, mask, 8, turn, turn)
+        >>> out, *_ = append_attention(jnp.ones((1, 8, 16)), k, v, mask, 8, turn, turn)
         >>> out.shape
         (1, 4, 16)
     """
-    _check(qkv, k, v, mask, cos, sin, layer)
+    _check(qkv, k, v, mask, cos, sin, a, layer)
     if scale is None:
         scale = qkv.shape[-1] ** -0.5
-    arrays = qkv, k, v, mask, length, cos, sin
-    return dispatch.run("append_attention", implementation, *arrays, scale=scale, layer=layer)
+    arrays = qkv, k, v, mask, length, cos, sin, a
+    how = {"factor": factor, "scale": scale, "layer": layer}
+    return dispatch.run("append_attention", implementation, *arrays, **how)
 
 
-def _check(qkv, k, v, mask, cos, sin, layer) -> None:
+def _check(qkv, k, v, mask, cos, sin, a, layer) -> None:
     if k.ndim != (4 if layer is None else 5) or (k.shape, k.dtype) != (v.shape, v.dtype):
         raise ValueError(
             f"k is {jax.typeof(k)} and v {jax.typeof(v)}, both must be "
@@ -71,3 +78,8 @@ def _check(qkv, k, v, mask, cos, sin, layer) -> None:
         raise ValueError(
             f"cos has shape {cos.shape} and sin {sin.shape}, both must be {(batch, head_dim // 2)}"
         )
+    width, lead = (qkv.shape[1] - 2 * kv_heads) * head_dim, "" if layer is None else "L, "
+    if a is not None and (a.ndim != 2 + (layer is not None) or a.shape[-1] != width):
+        raise ValueError(f"a has shape {a.shape}, must be [{lead}R, {width}]")
+    if a is not None and a.dtype != qkv.dtype:
+        raise ValueError(f"a is {a.dtype}, must be qkv's {qkv.dtype}")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention import xla
 
 
-def append_attention(qkv, k, v, mask, length, cos, sin, *, scale, layer=None):
+def append_attention(qkv, k, v, mask, length, cos, sin, a=None, *, factor=1.0, scale, layer=None):
     """See `pallas_kernels.append_attention`."""
     kv_heads = k.shape[-3]
     queries, key, value = jnp.split(qkv, [-2 * kv_heads, -kv_heads], axis=1)
@@ -16,7 +16,13 @@ def append_attention(qkv, k, v, mask, length, cos, sin, *, scale, layer=None):
     out = xla.decode_attention(
         _rotate(queries, cos, sin), k, v, mask, length, scale=scale, layer=layer
     )
-    return out, k, v
+    if a is None:
+        return out, None, k, v
+    if layer is not None:
+        a = jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
+    flat = out.reshape(len(out), -1)
+    hidden = factor * jnp.matmul(flat, a.T, preferred_element_type=jnp.float32)
+    return out, hidden.astype(out.dtype), k, v
 
 
 def _rotate(x, cos, sin):

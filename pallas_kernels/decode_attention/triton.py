@@ -2,10 +2,11 @@
 
 A program owns a key-value head of a row with all its queries, and walks along the slots in tiles
 with a running maximum and sum (arXiv:2112.05682). Where rows and heads are too few to fill the GPU,
-several programs share the tiles of one head, and XLA adds their parts (arXiv:2311.01282).
+several programs share the tiles of one head, and `combine` adds their parts (arXiv:2311.01282).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.decode_attention.combine import combine
 from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_scales import layer_index
 
@@ -22,52 +24,60 @@ TILE = 32
 PROGRAMS = 264  # enough to fill the 132 multiprocessors of an H100 twice
 MAX_SPLITS = 16
 MAX_QUERIES = 8  # of a head: each has its sums in registers
-MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 _LOWEST = float(np.finfo(np.float32).min)
+
+
+class NewToken(NamedTuple):
+    """What `append_attention` is given besides."""
+
+    cos: jax.Array
+    sin: jax.Array
+    a: jax.Array | None
+    factor: float
 
 
 def decode_attention(q, k, v, mask, length, *, scale, layer=None, interpret=False):
     """See `pallas_kernels.decode_attention`. `interpret` runs the kernel's jnp on any device."""
-    return attend(q, k, v, mask, length, (), scale=scale, layer=layer, interpret=interpret)[0]
+    return attend(q, k, v, mask, length, None, scale=scale, layer=layer, interpret=interpret)[0]
 
 
-def attend(q, k, v, mask, length, turn, *, scale, layer, interpret):
-    """Return the result, and k and v; with a `turn` (cos, sin), as `append_attention` says."""
+def attend(q, k, v, mask, length, new: NewToken | None, *, scale, layer, interpret):
+    """Return what `append_attention` says; without a new token, None in place of x A."""
     batch, kv_heads, slots, head_dim = k.shape[-4:]
-    group = q.shape[1] // kv_heads - (2 if turn else 0)
+    group = q.shape[1] // kv_heads - (0 if new is None else 2)
     splits = choose_splits(batch * kv_heads, slots)
     parts = batch * kv_heads * splits
     shapes = [(parts, group, head_dim), (parts, group), (parts, group)]
     out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     caches = [x.reshape(-1, batch * kv_heads, slots, head_dim) for x in (k, v)]
     operands = [layer_index(layer), jnp.asarray(length, jnp.int32).reshape(1), q, *caches, mask]
-    aliases = {}
-    if turn:
-        operands += turn
+    aliases, a = {}, None if new is None else new.a
+    if new is not None:
+        operands += [new.cos, new.sin]
         out_shape += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches]
         aliases = {3: 3, 4: 4}
-    kernel = functools.partial(
-        _kernel, group=group, kv_heads=kv_heads, splits=splits, scale=scale, appends=bool(turn)
-    )
-    sums, tops, totals, *caches = triton_call(
-        kernel,
+    if a is not None:
+        operands.append(a.reshape(-1, *a.shape[-2:]))
+        out_shape.append(jax.ShapeDtypeStruct((parts, group, a.shape[-2]), jnp.float32))
+    static = {"group": group, "kv_heads": kv_heads, "splits": splits, "scale": scale}
+    static |= {"appends": new is not None, "adapts": a is not None}
+    sums, tops, totals, *more = triton_call(
+        functools.partial(_kernel, **static),
         grid=parts,
         out_shape=out_shape,
         interpret=interpret,
-        name="append_attention_triton" if turn else "decode_attention_triton",
+        name="decode_attention_triton" if new is None else "append_attention_triton",
         aliases=aliases,
     )(*operands)
-    sums, tops, totals = (
-        x.reshape(batch * kv_heads, splits, group, -1) for x in (sums, tops, totals)
-    )
-    out = _combine(sums, tops, totals).reshape(batch, -1, head_dim).astype(q.dtype)
-    return out, *(x.reshape(k.shape) for x in caches)
+    low = more.pop() if a is not None else None
+    factor = 1.0 if new is None else new.factor
+    many = {"batch": batch, "splits": splits}
+    out, hidden = combine(sums, tops, totals, low, factor, q.dtype, **many, interpret=interpret)
+    return out, hidden, *(x.reshape(k.shape) for x in more)
 
 
 def unsupported(q, k, v, mask, length, *, scale, layer=None) -> str | None:
     """Why these arguments cannot run, or None."""
-    if k.size >= MAX_ELEMENTS:
-        return f"k has {k.size} elements, and Triton's 32-bit offsets stop at {MAX_ELEMENTS}"
     if q.shape[1] // k.shape[-3] > MAX_QUERIES:
         return f"{q.shape[1] // k.shape[-3]} queries share a key; the kernel takes {MAX_QUERIES}"
     for name, dtype in (("q", q.dtype), ("k", k.dtype), ("v", v.dtype)):
@@ -84,18 +94,6 @@ def choose_splits(heads: int, slots: int) -> int:
     return splits
 
 
-def _combine(sums, tops, totals) -> jax.Array:
-    """Add the parts of a head [heads, splits, group, ...]: written out, to be one fused kernel."""
-    splits = range(sums.shape[1])
-    top = functools.reduce(jnp.maximum, (tops[:, i] for i in splits))
-    factors = [jnp.exp(tops[:, i] - top) for i in splits]
-    # A row that sees no slot gives zeros.
-    total = functools.reduce(jnp.add, (totals[:, i] * factors[i] for i in splits))
-    return functools.reduce(jnp.add, (sums[:, i] * factors[i] for i in splits)) / jnp.maximum(
-        total, 1e-30
-    )
-
-
 def _kernel(
     layer_ref,
     length_ref,
@@ -109,9 +107,12 @@ def _kernel(
     splits,
     scale,
     appends,
+    adapts,
 ):
     turn_refs, refs = refs[: 2 * appends], refs[2 * appends :]
+    a_refs, refs = refs[:adapts], refs[adapts:]
     sums_ref, tops_ref, totals_ref, *cache_refs = refs
+    low_refs = [cache_refs.pop()] if adapts else []
     slots, head_dim = k_ref.shape[2:]
     lanes = pl.next_power_of_2(head_dim)
     part, layer, length = pl.program_id(0), layer_ref[0], length_ref[0]
@@ -135,6 +136,17 @@ def _kernel(
         heads = group * kv_heads
         new = read_head(heads + kv_head), read_head(heads + kv_heads + kv_head, turned=False)
         new = [x.astype(k_ref.dtype) for x in new]
+
+    def load_a(g):
+        """The part of A that meets a head."""
+        if not adapts or g == group:
+            return None
+        ranks, tile = low_refs[0].shape[2], (pl.next_power_of_2(low_refs[0].shape[2]), lanes)
+        rank, column = (jax.lax.broadcasted_iota(jnp.int32, tile, axis) for axis in (0, 1))
+        place = (kv_head * group + g) * head_dim + column
+        return _read(a_refs[0].at[layer, rank, place], (rank < ranks) & (column < head_dim))
+
+    a = load_a(0)  # early, for its latency
 
     def add_tile(i, carry):
         first = (split + i * splits) * TILE
@@ -169,6 +181,11 @@ def _kernel(
         plt.store(sums_ref.at[part, g, lane], sums, mask=inside)
         tops_ref[part, g] = top
         totals_ref[part, g] = total
+        if adapts:
+            following, low = load_a(g + 1), jnp.sum(a * sums[None, :], axis=1)
+            rank = jax.lax.broadcasted_iota(jnp.int32, low.shape, 0)
+            plt.store(low_refs[0].at[part, g, rank], low, mask=rank < low_refs[0].shape[2])
+            a = following
     # The only program that has read this slot, and put the new token in its place, writes it.
     writes = inside & ((tiles - 1) % splits == split)
     for ref, x in zip(cache_refs, new):

@@ -9,6 +9,8 @@ MID_ROWS = 128  # weight rows of a block of `mosaic_mid`
 _BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
 _TILE_US = 0.1  # a tile's cost beside its bytes: barriers and the sum over warps
 _SUM_US = 1.3  # the kernel that sums slabs
+_DECODE_ROWS = 8  # up to here `mosaic_decode` alone
+_MOST_DECODE_ROWS = 16  # above here `mosaic_mid` alone
 # Of `mosaic_mid`, from 4096 x 14336, 14336 x 4096 and 4096 x 4096 at M = 32, 64 and 128:
 _BLOCK_US = 4.0  # a block beside its panels: launch, table, first copies, result
 _PANEL_US = 0.72, 1 / 113  # a panel, and a row of x of it
@@ -51,6 +53,20 @@ class MidTiles:
     stages: int = 2
     x_stages: int = 2
     x_depth: int = 128
+
+
+def candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[DecodeTiles | MidTiles]:
+    """Tiles of the kernels that take M rows, the likely best first."""
+    shape = m, n, k, block_size, sms
+    if m <= _DECODE_ROWS:
+        return [*decode_candidates(*shape)]
+    if m > _MOST_DECODE_ROWS:
+        return [*mid_candidates(*shape)]
+    both = [decode_candidates(*shape), mid_candidates(*shape)]
+    # Few panels keep few warps of `mosaic_mid` busy.
+    if k >= 4096 and n * k >= 1 << 23:
+        both.reverse()
+    return [tiles for pair in itertools.zip_longest(*both) for tiles in pair if tiles is not None]
 
 
 def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[DecodeTiles]:

@@ -1,26 +1,28 @@
 """Division of the matmul for many rows of x (`mosaic_large`): tiles, clusters and their shares.
 
 Two blocks make a cluster: they have neighbouring outputs and the same rows of x. Clusters share the
-work evenly, to two steps: a share may start or end inside a tile. The cluster with the start of a
-tile adds the sums of the others. It waits only for clusters of lower block numbers, which the GPU
-starts earlier.
+work in one of three ways (`LargeTiles.split`): whole tiles, in rounds; evenly, to two steps, so
+that a share may start or end inside a tile; or so many clusters for each tile.
+
+Each round of whole tiles is of neighbours, which have x and weights in common, and all clusters are
+at one place of the contraction: the L2 cache serves them together.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_table as pair_table
-from pallas_kernels.matmul.config_large import LargeTiles
+from pallas_kernels.matmul.config_large import CLUSTER, ROW_GROUP, LargeTiles, divide
 from pallas_kernels.matmul.mosaic_left import OUTPUTS, STEP, TABLE, Columns, Rows
 from pallas_kernels.matmul.problem import Problem
 
-CLUSTER = 2  # blocks
 MULTIPLIERS = 2  # warpgroups
 MULTIPLYING = MULTIPLIERS * mg.WARPGROUP  # threads
-ROW_GROUP = 8  # tiles of rows that take their turn at a tile of outputs together
-LEAD = 4  # units; a tile's head waits for the rest, and has LEAD / shares more than an equal share
 
 
 class Layout:
@@ -28,36 +30,29 @@ class Layout:
 
     def __init__(self, problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
         self.problem, self.tiles = problem, tiles
-        self.left = (Columns if transpose else Rows)(problem, tiles.rows)
+        self.left = (Columns if transpose else Rows)(problem)
         self.x_bytes = tiles.rows * 2 * STEP  # of x in a slot
         self.row_tiles = pl.cdiv(problem.m, tiles.rows)
         self.row_group = max(d for d in range(1, ROW_GROUP + 1) if self.row_tiles % d == 0)
         self.output_tiles = pl.cdiv(self.left.outputs, CLUSTER * OUTPUTS)  # of a cluster
         self.units = pl.cdiv(self.left.contracted, 2 * STEP)  # of a tile: two steps each
-        tiles_total = self.output_tiles * self.row_tiles
-        # Shares are counted in grains: units, or whole tiles.
-        self.grain = 1 if tiles.split else self.units
-        self.grains = tiles_total * (self.units // self.grain)
-        self.clusters = min(sms // CLUSTER, self.grains, tiles_total * max(tiles.split, 1))
-        shares, rest = divmod(self.clusters, tiles_total)
-        self.shares = 1 if rest else max(1, shares)  # of each tile; 1 too where they are uneven
-        tails = self.shares - 1  # a unit each at least
-        self.head = min((self.units + LEAD) // self.shares, self.units - tails)
-        self.splits = any(self.begin(c) % self.units for c in range(self.clusters))
+        self.count = self.output_tiles * self.row_tiles  # of tiles
+        self.division = divide(tiles, self.count, self.units, sms)
+        self.clusters, self.shares = self.division.clusters, self.division.shares
+        self.rounds, self.rest = self.division.rounds, self.division.rest
+        self.in_rounds = self.rounds * self.clusters  # tiles
+        # What the rounds leave is counted in grains: units, or whole tiles.
+        self.grain = 1 if self.division.splits else self.units
+        self.grains = self.rest * (self.units // self.grain)
+        starts = [self.begin(c) % self.units for c in range(self.clusters)]
+        self.uneven = self.shares == 1 and any(starts)
 
     def begin(self, cluster):
-        """The first unit of a cluster's share (of the end, for the number of clusters)."""
-        if self.shares == 1:
-            return cluster * self.grains // self.clusters * self.grain
-        tile, share = cluster // self.shares, cluster % self.shares
-        is_tail = (share + (self.shares - 1)) // self.shares  # 0 or 1
-        tails = (share - is_tail) * (self.units - self.head) // (self.shares - 1)
-        return tile * self.units + is_tail * self.head + tails
+        """The first unit of a cluster's share of the rest (of its end, for their number)."""
+        return cluster * self.grains // self.clusters * self.grain
 
     def last_cluster(self, tile):
-        """The cluster whose share has the last unit of a tile."""
-        if self.shares > 1:
-            return (tile + 1) * self.shares - 1
+        """The cluster whose share has the last unit of a tile of the rest."""
         return (((tile + 1) * self.units // self.grain) * self.clusters - 1) // self.grains
 
     def tile(self, tile):
@@ -79,6 +74,16 @@ class Layout:
         }
 
 
+class Segment(NamedTuple):
+    """A tile, or the part of one that a share has."""
+
+    tile: mg.Int
+    step: mg.Int  # the first, of the share
+    units: mg.Int
+    begins: ir.Value  # whether it has the tile's first unit
+    ends: ir.Value
+
+
 class Share:
     """A cluster's share of the work, in the registers of a thread; its steps count from 0."""
 
@@ -87,13 +92,42 @@ class Share:
         # Later numbers are for earlier work: the head of a tile waits for the clusters of its tail.
         self.cluster = mg.Int(layout.clusters - 1) - mg.block_index() // CLUSTER
         self.first, self.end = layout.begin(self.cluster), layout.begin(self.cluster + 1)
-        self.steps = self.end - self.first << 1
+        self.whole = layout.rounds * layout.units  # units
+        self.steps = self.end - self.first + self.whole << 1
 
     def place(self, p: mg.Int) -> tuple[mg.Int, mg.Int, mg.Int]:
         """First output, first row of x and step in its tile of step p."""
-        place = (self.first << 1) + p
-        steps = 2 * self.layout.units
-        return *self.origin(place // steps), place % steps
+        layout, steps = self.layout, 2 * self.layout.units
+        in_rounds = p < 2 * self.whole
+        p = mg.select(in_rounds, p, p - 2 * self.whole + (self.first << 1))
+        tile = mg.select(in_rounds, self._of_round(p // steps), p // steps + layout.in_rounds)
+        return *self.origin(tile), p % steps
+
+    def _of_round(self, i: mg.Int) -> mg.Int:
+        return i * self.layout.clusters + self.cluster
+
+    def segments(self) -> mg.Int:
+        """Their number."""
+        units = self.layout.units
+        return (self.end + (units - 1)) // units - self.first // units + self.layout.rounds
+
+    def segment(self, i: mg.Int) -> Segment:
+        """The i-th one."""
+        layout, units = self.layout, self.layout.units
+        tile = self.first // units + (i - layout.rounds)  # of the rest
+        head, tail = tile * units, (tile + 1) * units
+        begins, ends = self.first < head + 1, tail < self.end + 1
+        start = mg.select(begins, head, self.first)
+        count = tail.at_most(self.end) - start
+        step = start - self.first + self.whole << 1
+        in_rounds = i < layout.rounds
+        return Segment(
+            mg.select(in_rounds, self._of_round(i), tile + layout.in_rounds),
+            mg.select(in_rounds, i * (2 * units), step),
+            mg.select(in_rounds, mg.Int(units), count),
+            mg.either(in_rounds, begins),
+            mg.either(in_rounds, ends),
+        )
 
     def origin(self, tile: mg.Int) -> tuple[mg.Int, mg.Int]:
         """This block's first output and first row of x of a tile."""

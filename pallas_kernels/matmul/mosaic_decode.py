@@ -18,8 +18,8 @@ from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import PANEL, DecodeTiles
-from pallas_kernels.matmul.mosaic_low_rank import LowRank
 from pallas_kernels.matmul.mosaic_panels import CHUNK, CHUNKS, ROWS, PanelLayout, TensorPanels
+from pallas_kernels.matmul.mosaic_terms import TermLayout, Terms
 from pallas_kernels.matmul.problem import Operands, Problem, add_slabs
 
 COLUMN = ROWS + 4  # floats between columns of a partial result: no bank conflict when it is written
@@ -37,6 +37,7 @@ class Layout:
         self.groups = min(sms // tiles.slabs, self.tiles)  # blocks of a slab
         self.panel = PanelLayout(problem, tiles.warps, tiles.stages)
         self.x_row = self.steps * tiles.warps * PANEL * 2 + 16  # bytes: rows in different banks
+        self.terms = TermLayout(problem, tiles)
         self.partial = 8 * self.columns * COLUMN  # floats of one warp
 
     def scratch(self, tiles: DecodeTiles) -> dict:
@@ -44,6 +45,7 @@ class Layout:
         x_size = self.m * self.x_row // 4 if tiles.shared_x else 1
         return (
             self.panel.scratch()
+            | self.terms.scratch()
             | self.panel.barriers()
             | {
                 "x": plgpu.SMEM((x_size,), jnp.int32),
@@ -71,11 +73,8 @@ class _Block:
         self.together = tiles.together and layout.steps == 1
         self.table = mem.shared_address(scratch["table"])
         self.partials = mem.shared_address(scratch["partials"])
-        self.adapter, self.adapter_steps = None, []
-        if problem.rank:
-            self.adapter = LowRank(problem, refs, self.ring.layer)
-            self.adapter_steps = self.adapter.steps(self.warp, tiles.warps, slab.equals(0))
-        self.residual = [mem.global_address(ref) for ref in refs.residual]
+        own = refs, self.ring.layer, slab.equals(0)
+        self.terms = Terms(problem, layout.terms, *own, scratch)
         self.x_rows = mem.shared_address(scratch["x"])
 
     def unit(self, i: mg.Int, step: int) -> mg.Int:
@@ -92,12 +91,12 @@ class _Block:
 
     def copy_panel(self, i: mg.Int, step: int) -> None:
         """Start to copy this warp's panel of tile i."""
+        if step == 0 and self.layout.terms.slot:
+            with mg.when(mg.both(self.warp.equals(0), i < self.count)):
+                self.terms.copy(i, self.row(i))
         slot = self.unit(i, step) % self.tiles.stages
         panel, last = (self.first_panel + p for p in (self.panel(step), self.slab_panels - 1))
         self.ring.start(slot, self.row(i), panel, i < self.count, last)
-        if step == 0:
-            for part, wanted in self.adapter_steps:
-                self.adapter.prefetch(self.row(i), part, mg.both(wanted, i < self.count))
 
     def copy_ahead(self, i: mg.Int, step: int) -> None:
         """Start to copy the panel that takes the place of a panel of tile i."""
@@ -151,25 +150,14 @@ class _Block:
 
     # Products
 
-    def multiply(self, i: mg.Int, x: list, adapter: list[mg.Value]) -> list[list]:
-        """This warp's partial product of tile i: 4 floats for each group of 8 columns.
-
-        `adapter` is what `load_adapter` gave for the tile.
-        """
+    def multiply(self, i: mg.Int, x: list) -> list[list]:
+        """This warp's partial product of tile i: 4 floats for each group of 8 columns."""
         acc = [[mg.zero()] * 4 for _ in range(self.layout.columns)]
         for step in range(self.layout.steps):
             unit = self.unit(i, step)
             self.ring.wait(unit % self.tiles.stages, unit // self.tiles.stages & 1)
             self.multiply_panel(i, step, x, acc)
-        if self.adapter is not None:
-            self.adapter.add(adapter, self.adapter_steps, acc)
         return acc
-
-    def load_adapter(self, i: mg.Int) -> list[mg.Value]:
-        """Start to load this warp's steps of the adapter for tile i."""
-        if self.adapter is None:
-            return []
-        return self.adapter.load(self.row(i), self.adapter_steps, self.layout.columns)
 
     def multiply_panel(self, i: mg.Int, step: int, x: list, acc: list[list]) -> None:
         """Add a panel's products to `acc`; its place is refilled as soon as it is read."""
@@ -226,11 +214,12 @@ class _Block:
         base = base + ((column * COLUMN + tile_row) << 2)
         values = [mem.load_float(base + warp * stride) for warp in range(self.tiles.warps)]
         place = (column * self.problem.n + row).wide()
-        dtype = self.problem.dtype if self.tiles.slabs == 1 else jnp.float32
-        if self.tiles.slabs == 1:
-            values += [mem.load_half(r + (place << 1), dtype) for r in self.residual]
-        value = mg.round_to(mg.tree_sum(values), dtype)
-        mem.store(self.out + place * jnp.dtype(dtype).itemsize, value)
+        dtype, whole = self.problem.dtype, self.tiles.slabs == 1
+        if whole:
+            values += self.terms.load_residual(i, column, tile_row, row)
+        value = self.terms.add(i, mg.tree_sum(values), column, tile_row, row)
+        value = mg.round_to(value, dtype if whole else jnp.float32)
+        mem.store(self.out + place * (2 if whole else 4), value)
 
     def run(self) -> None:
         warps = self.tiles.warps
@@ -239,6 +228,8 @@ class _Block:
         scale_table = self.ring.scales.load_table() if self.problem.double else []
         x = self.load_x_rows() if self.tiles.shared_x else self.load_x()
         self.ring.initialize()
+        with mg.when(self.warp.equals(0)):
+            self.terms.copy_hidden()
         self.copy_panel(mg.Int(0), 0)
         pair_table.build(self.table, code, self.problem.dtype, warps)
         for unit in range(1, self.tiles.stages):  # when all warps have asked for their first
@@ -253,18 +244,17 @@ class _Block:
         x = [[mg.select(valid, word, 0) for word in words] for valid, words in x]
         mg.sync_block()
 
-        def body(i: mg.Int, adapter: list) -> list:
-            self.write_partial(i, self.multiply(i, x, adapter))
-            adapter = self.load_adapter(i + 1)  # early, so that a tile's products hide its latency
+        def body(i: mg.Int, _: list) -> list:
+            self.write_partial(i, self.multiply(i, x))
             mg.sync_block()
             if self.together:
                 # All at once, so that the memory sees whole rows of the tile: 1.0 us of 15.4.
                 self.copy_ahead(i, 0)
             with mg.when((self.warp >> 2).equals(i % (warps // 4))):
                 self.reduce(i)
-            return adapter
+            return []
 
-        mg.loop(self.count, self.load_adapter(mg.Int(0)), body)
+        mg.loop(self.count, [], body)
 
 
 @functools.cache

@@ -7,17 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic
 from pallas_kernels.matmul import mid_layout, mosaic_decode, mosaic_mid, tuned
-from pallas_kernels.matmul.config import (
-    DecodeTiles,
-    MidTiles,
-    decode_candidates,
-    mid_candidates,
-)
+from pallas_kernels.matmul.config import DecodeTiles, MidTiles
+from pallas_kernels.matmul.config import candidates as estimated
 from pallas_kernels.matmul.problem import Operands, Problem, describe
 from pallas_kernels.scales import DoubleQuantScales
 
 MAX_ROWS = 128
-DECODE_ROWS = 16  # up to here `mosaic_decode`, above `mosaic_mid`, where nothing was measured
 DTYPES = ("bfloat16", "float16")
 
 
@@ -103,7 +98,6 @@ def candidates(problem: Problem) -> list[DecodeTiles | MidTiles]:
 
 def _choices(problem: Problem, kind: str, sms: int) -> Iterator[DecodeTiles | MidTiles]:
     shape = problem.m, problem.n, problem.k
-    estimated = decode_candidates if problem.m <= DECODE_ROWS else mid_candidates
     tiles = [tuned.lookup(kind, *shape), *estimated(*shape, problem.block_size, sms)]
     return (t for t in tiles if t is not None and _fits(problem, t, sms))
 

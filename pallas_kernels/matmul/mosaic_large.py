@@ -14,7 +14,7 @@ contracted along N (dX = dY @ W) differs only in how a lane gathers its part of 
 
 The two blocks of a cluster have the same rows of x, and each copies half of these for both: the L2
 cache has not the bandwidth for a copy each. `large_layout` divides the work, also inside tiles,
-whose sums `mosaic_sums` brings together.
+whose sums `mosaic_exchange` or `mosaic_sums` brings together.
 """
 
 import functools
@@ -26,13 +26,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
-from pallas_kernels.matmul.config_large import LargeTiles, choose_large, decoded_time, large_time
+from pallas_kernels.matmul.config_large import (
+    LargeTiles,
+    decoded_time,
+    large_candidates,
+    large_time,
+)
 from pallas_kernels.matmul.large_layout import CLUSTER, MULTIPLIERS, MULTIPLYING, Layout, Share
 from pallas_kernels.matmul.mosaic_codes import Codes
 from pallas_kernels.matmul.mosaic_copier import Copier, copy_table
+from pallas_kernels.matmul.mosaic_exchange import Exchange
+from pallas_kernels.matmul.mosaic_exchange import shapes as exchange_shapes
 from pallas_kernels.matmul.mosaic_left import LINE, Lane
 from pallas_kernels.matmul.mosaic_ring import Ring
-from pallas_kernels.matmul.mosaic_sums import Sums, shapes
+from pallas_kernels.matmul.mosaic_sums import Sums
+from pallas_kernels.matmul.mosaic_sums import shapes as sums_shapes
 from pallas_kernels.matmul.problem import Operands, Problem, describe
 
 LAUNCH_REGISTERS = 168  # a thread's share when 384 threads start
@@ -44,9 +52,7 @@ def matmul(x, packed, scales, codebook, *, block_size, transpose=False, layer=No
     """See `pallas_kernels.matmul`. `config` are `LargeTiles`; None estimates the best."""
     problem, operands = prepare(x, packed, scales, codebook, block_size, layer)
     sms = mg.multiprocessors()
-    sides = problem.n, problem.k
-    outputs, contracted = reversed(sides) if transpose else sides
-    tiles = config or choose_large(problem.m, outputs, contracted, sms)
+    tiles = config or candidates(problem.m, problem.n, problem.k, transpose)[0]
     return build(problem, tiles, transpose, sms)(operands)
 
 
@@ -73,12 +79,18 @@ def unsupported(
     return None
 
 
+def candidates(m: int, n: int, k: int, transpose: bool) -> list[LargeTiles]:
+    """Tiles for the device that the current trace is for, the least estimated time first."""
+    outputs, contracted = (k, n) if transpose else (n, k)
+    return large_candidates(m, outputs, contracted, transpose, mg.multiprocessors())
+
+
 def slower(x, packed, scales, codebook, *, block_size, transpose=False, layer=None) -> str | None:
     """Why decoding to memory and an ordinary dot is estimated to be faster, or None."""
     m, n, k = x.shape[0], packed.shape[-2], 2 * packed.shape[-1]
+    tiles = candidates(m, n, k, transpose)[0]
     outputs, contracted = (k, n) if transpose else (n, k)
-    sms = mg.multiprocessors()
-    here = large_time(choose_large(m, outputs, contracted, sms), m, outputs, contracted, sms)
+    here = large_time(tiles, m, outputs, contracted, transpose, mg.multiprocessors())
     there = decoded_time(m, n, k)
     if here <= there:
         return None
@@ -99,8 +111,9 @@ class _Block:
             mem.shared_address(scratch[name])
             for name in ("x", "packed", "scales", "pairs", "table")
         )
+        self.shared = sums, flags
         self.sums = None
-        if layout.splits:
+        if layout.uneven:
             self.sums = Sums(layout, self.share, self.ring, self.x, sums, flags)
 
     # Roles
@@ -143,40 +156,30 @@ class _Block:
     # Multiplying
 
     def multiply(self) -> None:
-        share, units, sums = self.share, self.layout.units, self.sums
+        share, sums = self.share, self.sums
         self.at = Lane(self.thread)
         self.codes = Codes(self.pairs, self.code, self.problem.dtype, MULTIPLYING // mg.WARP)
         mg.sync_threads(mg.Int(MULTIPLIERS_BARRIER), MULTIPLYING)
-        first_tile = share.first // units
-        count = (share.end - 1) // units - first_tile + 1
 
         def segment(i: mg.Int, a: list) -> list:
-            """A tile, or the part of one that the share has."""
-            tile = first_tile + i
-            head, tail = tile * units, (tile + 1) * units
-            begins, ends = share.first < head + 1, tail < share.end + 1
-            start = mg.select(begins, head, share.first)
-            stop = tail.at_most(share.end)
-            acc, a = self.product(start - share.first << 1, stop - start, a)
-            if sums is None:
-                self.write(acc, tile)
-                return a
-            tails = mg.select(ends, mg.Int(0), share.tails())
-            acc = mg.loop(tails, acc, lambda j, acc: sums.add(acc, j))
-            mg.branch(
-                begins,
-                lambda: self.write(acc, tile),
-                lambda: sums.write(acc, self.at.warpgroup),
-            )
+            part = share.segment(i)
+            acc, a = self.product(part.step, part.units, a)
+            if self.layout.shares > 1:
+                exchange = Exchange(self.layout, share, self.at, *self.shared)
+                self.write(exchange.part(acc), part.tile, exchange.first_row)
+            elif sums is None:
+                self.write(acc, part.tile)
+            else:
+                tails = mg.select(part.ends, mg.Int(0), share.tails())
+                acc = mg.loop(tails, acc, lambda j, acc: sums.add(acc, j))
+                mg.branch(
+                    part.begins,
+                    lambda: self.write(acc, part.tile),
+                    lambda: sums.write(acc, self.at.warpgroup),
+                )
             return a
 
-        with mg.when(self.at.warpgroup.equals(1)):
-            self.sync_start()
-        mg.loop(count, [word.value for word in self.operand(mg.Int(0))], segment)
-
-    def sync_start(self) -> None:
-        """Let the first warpgroup lead by two steps: one stores a tile while the other works."""
-        mg.sync_threads(mg.Int(MULTIPLIERS_BARRIER), MULTIPLYING)
+        mg.loop(share.segments(), [word.value for word in self.operand(mg.Int(0))], segment)
 
     def operand(self, p: mg.Int) -> list[mg.Int]:
         """Wait for a step, and decode it."""
@@ -206,26 +209,26 @@ class _Block:
             a = self.operand((p + 2).at_most(last))  # the last is decoded again, to no effect
             acc = mg.wgmma_finish(acc, b)
             self.ring.release(p + 1)
-            with mg.when(mg.both(p.equals(0), self.at.warpgroup.equals(0))):
-                self.sync_start()
             return acc + [word.value for word in a]
 
         carry = mg.loop(units, [mg.zero()] * size + a, unit)
         return carry[:size], carry[size:]
 
-    def write(self, acc: list, tile: mg.Int) -> None:
-        """Store a tile, 64 rows of x at a time, through the gaps of the pair table."""
+    def write(self, acc: list, tile: mg.Int, first_row: mg.Int | int = 0) -> None:
+        """Store a tile, or its rows of x from one on, through the gaps of the pair table."""
         output0, row0 = self.share.origin(tile)
+        row0 = row0 + first_row
         at, outputs = self.at, self.left.outputs
         thread = self.thread & (mg.WARPGROUP - 1)
         chunk = thread & 7
         staging = self.pairs + pair_table.PITCH + at.warpgroup * (64 * LINE)
         column = output0 + (at.warpgroup << 6) + (chunk << 3)
-        for first in range(0, self.tiles.rows, 64):
+        for first in range(0, 2 * len(acc), 64):
+            some = acc[first // 2 :][:32]
             mg.sync_threads(at.warpgroup + 1, mg.WARPGROUP)
-            self.left.stage(at, acc, staging, first)
+            self.left.stage(at, some, staging)
             mg.sync_threads(at.warpgroup + 1, mg.WARPGROUP)
-            for start in range(0, 64, 16):
+            for start in range(0, 2 * len(some), 16):
                 line = (thread >> 3) + start
                 words = mem.load_words(staging + line * LINE + ((chunk ^ (line & 7)) << 4))
                 line = row0 + first + line
@@ -239,9 +242,9 @@ def build(problem: Problem, tiles: LargeTiles, transpose: bool, sms: int):
     """The kernel of a problem: a function of its `Operands` giving y [M, outputs]."""
     layout = Layout(problem, tiles, transpose, sms)
     out_types = [jax.ShapeDtypeStruct((problem.m, layout.left.outputs), problem.dtype)]
-    if layout.splits:
-        types = jnp.float32, jnp.int32
-        out_types += map(jax.ShapeDtypeStruct, shapes(layout), types)
+    if layout.uneven or layout.shares > 1:
+        shapes = (sums_shapes if layout.uneven else exchange_shapes)(layout)
+        out_types += map(jax.ShapeDtypeStruct, shapes, (jnp.float32, jnp.int32))
 
     def qjax_matmul_large(x, packed, scales, codebook, layer, out, *rest):
         *shared, scratch = rest

@@ -35,13 +35,9 @@ class Lane:
 
 
 class _Left:
-    """What the directions share: the scales of a step.
+    """What the directions share: the scales of a step."""
 
-    `permuted` are those of the 4 products of a step that are decoded by permutation: the fewer rows
-    of x a tile has, the more of its time is for the loads of decoding.
-    """
-
-    permuted: tuple[int, ...]
+    permuted: tuple[int, ...]  # which of the 4 products of a step are decoded by permutation
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -85,11 +81,11 @@ class Rows(_Left):
 
     box = (OUTPUTS, STEP // 2)  # of packed bytes
     swizzle = 32
+    permuted = (2,)
 
-    def __init__(self, problem: Problem, rows: int):
+    def __init__(self, problem: Problem):
         super().__init__(problem)
         self.outputs, self.contracted = problem.n, problem.k
-        self.permuted = (2,)
 
     def origin(self, output0: mg.Int, step: mg.Int) -> list[mg.Int]:
         """The weight row and packed column of a step."""
@@ -136,13 +132,13 @@ class Rows(_Left):
             a += [mg.mul_pairs(pair, scale, self.problem.dtype) for pair, scale in order]
         return a
 
-    def stage(self, at: Lane, acc: list, staging: mg.Int, first: int) -> None:
-        """Write 64 columns of the result, from `first`, to shared memory as rows of x."""
+    def stage(self, at: Lane, acc: list, staging: mg.Int) -> None:
+        """Write up to 64 columns of the result to shared memory as rows of x."""
         matrix, line = at.lane >> 3, at.lane & 7
         chunk = ((at.warp << 1) + (matrix & 1)) ^ line
         base = staging + ((matrix >> 1 << 3) + line) * LINE + (chunk << 4)
-        for column in range(0, 64, 16):
-            values = acc[(first + column) // 2 :][:8]
+        for column in range(0, 2 * len(acc), 16):
+            values = acc[column // 2 :][:8]
             words = [
                 mg.pack_pair(values[i], values[i + 1], self.problem.dtype) for i in (0, 2, 4, 6)
             ]
@@ -158,11 +154,11 @@ class Columns(_Left):
 
     box = (STEP, OUTPUTS // 2)
     swizzle = 64
+    permuted = (1, 3)
 
-    def __init__(self, problem: Problem, rows: int):
+    def __init__(self, problem: Problem):
         super().__init__(problem)
         self.outputs, self.contracted = problem.k, problem.n
-        self.permuted = (1, 3) if rows > 128 else (0, 1, 2, 3)
 
     def origin(self, output0: mg.Int, step: mg.Int) -> list[mg.Int]:
         """The weight row and packed column of a step."""
@@ -205,12 +201,12 @@ class Columns(_Left):
                 a.append(mg.mul_pairs(value, scales[2 * i + j // 2], self.problem.dtype))
         return a
 
-    def stage(self, at: Lane, acc: list, staging: mg.Int, first: int) -> None:
-        """Write 64 columns of the result, from `first`, to shared memory as rows of x."""
+    def stage(self, at: Lane, acc: list, staging: mg.Int) -> None:
+        """Write up to 64 columns of the result to shared memory as rows of x."""
         chunk = (at.warp >> 1 << 2) + (at.group >> 1)
         place = ((at.group & 1) << 3) + ((at.warp & 1) << 2)
-        for column in range(0, 64, 8):
-            values = acc[(first + column) // 2 :][:4]
+        for column in range(0, 2 * len(acc), 8):
+            values = acc[column // 2 :][:4]
             for i in range(2):
                 line = (at.quad << 1) + i
                 target = staging + (line + column) * LINE + ((chunk ^ line) << 4) + place

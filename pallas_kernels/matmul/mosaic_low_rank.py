@@ -1,4 +1,4 @@
-"""The term of an adapter, hidden @ B.T, in the sums of the Hopper matmul kernels.
+"""The term of an adapter, hidden @ B.T, in the sums of `mosaic_mid`.
 
 For 16 weight rows it is one mma step for each 16 of the rank, whose fragments are few enough to
 come from global memory: B [N, rank] is the left operand as a decoded weight is, hidden the right.
@@ -11,7 +11,16 @@ from pallas_kernels import mosaic_memory as mem
 from pallas_kernels.matmul.problem import Operands, Problem
 
 STEP = 16  # of the rank, in an mma
-Steps = list[tuple[mg.Int, mg.Value]]  # those of a warp, and whether each is wanted
+Steps = list[tuple[mg.Int, mg.Value]]  # and whether each is wanted
+
+
+def section(problem: Problem, row: mg.Int) -> mg.Int:
+    """Which of several layers side by side a row of the weight belongs to."""
+    index, end = mg.Int(0), 0
+    for size in problem.sections[:-1]:
+        end += size
+        index = index + mg.select(row < end, mg.Int(0), 1)
+    return index
 
 
 class LowRank:
@@ -22,18 +31,9 @@ class LowRank:
         self.hidden, self.b = (mem.global_address(refs.adapter[i]) for i in range(2))
         self.b = self.b + layer.wide() * (2 * problem.n * problem.rank)
 
-    def steps(self, first, apart: int, wanted: mg.Value) -> Steps:
-        """The steps first, first + apart, ..., all up to the same end, as far as `wanted`."""
-        count = math.ceil(self.problem.rank / STEP)
-        mine = [first + start for start in range(0, count, apart)]
-        return [(step, mg.both(wanted, step < count)) for step in mine]
-
-    def prefetch(self, row: mg.Int, step: mg.Int, wanted: mg.Value) -> None:
-        """Bring what `load` will read of B near: it would queue behind panels of later tiles."""
-        p, line = self.problem, row + self.lane
-        with mg.when(mg.both(mg.both(wanted, self.lane < 16), line < p.n)):
-            place = line * p.rank + step * STEP
-            mem.prefetch(self.b + (place << 1).wide())
+    def steps(self, wanted: mg.Value) -> Steps:
+        """All steps, as far as `wanted`."""
+        return [(mg.Int(i), wanted) for i in range(math.ceil(self.problem.rank / STEP))]
 
     def load(self, row: mg.Int, steps: Steps, columns: int) -> list[mg.Value]:
         """Start to load the fragments of 16 rows: 4 words of B, then 2 for each 8 of M, a step.
@@ -41,7 +41,7 @@ class LowRank:
         `row` is the first of the 16. The words are for `add` alone: to look at one is to wait.
         """
         p, group = self.problem, self.lane >> 2
-        first, pitch = self.section(row) * p.rank, len(p.sections) * p.rank
+        first, pitch = section(p, row) * p.rank, len(p.sections) * p.rank
         rows = [(row + group + offset).at_most(p.n - 1) * p.rank for offset in (0, 8)]
         hidden = [(group + 8 * c).at_most(p.m - 1) * pitch + first for c in range(columns)]
         words = []
@@ -57,14 +57,6 @@ class LowRank:
         """This lane's two places of a step in the rank, and whether they exist."""
         first = step * STEP + ((self.lane & 3) << 1)
         return [(k, mg.both(wanted, k < self.problem.rank)) for k in (first, first + 8)]
-
-    def section(self, row: mg.Int) -> mg.Int:
-        """Which of several layers side by side the row belongs to."""
-        index, end = mg.Int(0), 0
-        for size in self.problem.sections[:-1]:
-            end += size
-            index = index + mg.select(row < end, mg.Int(0), 1)
-        return index
 
     def add(self, words: list[mg.Value], steps: Steps, acc: list[list]) -> None:
         """Add the products of what was loaded to `acc`: 4 floats for each 8 of M."""

@@ -155,7 +155,7 @@ class _Block:
         if self.adapter is None:
             return []
         row, columns = tile * ROWS + self.warp_row, self.layout.columns // 8
-        steps = self.adapter.steps(mg.Int(0), 1, mg.both(begins, self.team.equals(0)))
+        steps = self.adapter.steps(mg.both(begins, self.team.equals(0)))
         arguments = [(row, [step], columns) for step in steps]
         # The panels hide the latency of the first; for more there are no registers.
         early = [self.adapter.load(*arguments[0])]

@@ -1,8 +1,9 @@
-"""Sums of tiles that several clusters of `mosaic_large` share, through device memory.
+"""Sums of tiles that clusters of `mosaic_large` share unevenly, through device memory.
 
 A cluster leaves the sum of a tile's tail there, and flags it. The copier of the cluster that has
 the tile's head brings each sum through the ring of slots, as `PARTS` more steps, while the last
-products run; the multipliers add it in the order of the clusters.
+products run; the multipliers add it in the order of the clusters. It waits only for clusters of
+lower block numbers, which the GPU starts earlier.
 """
 
 from jax.extend.mlir import ir

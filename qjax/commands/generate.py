@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 import qjax
+from pallas_kernels.dispatch import target
 from qjax.commands.errors import one_line
 from qjax.hf.chat import load_chat_template
 from qjax.hf.gguf import Metadata
@@ -60,6 +61,15 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among this many tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    fuse: Annotated[
+        bool | None,
+        typer.Option(
+            help="Make one product of queries, keys and values, and one of gate and up: faster "
+            "steps. Doubly quantized scales then take 4.5 bits a weight in all, not 4.13, and the "
+            "largest layers are held twice for a moment.",
+            show_default="on a GPU, where the model can be fused",
+        ),
+    ] = None,
     kv_format: Annotated[
         Literal["int8", "int4"] | None,
         typer.Option(
@@ -78,7 +88,7 @@ def generate(
         folder = locate(path)
         tokenizer = qjax.load_tokenizer(folder)
         ids = encode(folder, tokenizer, text, chat)
-        model = load(folder, quantize, adapter)
+        model = fused(load(folder, quantize, adapter), fuse)
         stop = stop_tokens(folder)
         sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         sampling["kv_format"] = kv_format
@@ -115,6 +125,17 @@ def load(folder: Path, format: str | None, adapter: Path | None) -> Any:
     scan = kind is CausalLM and adapter is None  # an adapter may differ between layers
     model = qjax.from_pretrained(folder, config=config, dtype=dtype, scan_layers=scan)
     return model if adapter is None else qjax.load_adapter(model, adapter)
+
+
+def fused(model: Any, wanted: bool | None) -> Any:
+    """Fuse the model's projections; where nobody said so, on a GPU, if they can be fused."""
+    if wanted or (wanted is None and target().is_cuda):
+        try:
+            qjax.fuse_projections(model)
+        except (ValueError, NotImplementedError):  # the model is as it was
+            if wanted:
+                raise
+    return model
 
 
 def room(model: Any, ids: list[int]) -> int:

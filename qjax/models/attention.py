@@ -16,7 +16,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.norm import make_norm
 from qjax.models.rope import rotate
-from qjax.models.step_linear import is_step, linear
+from qjax.models.step_linear import adapter_ahead, is_step, linear
 
 
 class Attention(nnx.Module):
@@ -52,20 +52,23 @@ class Attention(nnx.Module):
         """
         step = is_step(x, cache)
         if step and cache is not None and self._appends(context, cache):
-            qkv = linear(self.qkv_proj, x, before=norm, step=step)
-            qkv = qkv.reshape(len(x), -1, self.config.head_dim)
-            known: Any = context.mask, context.rope, self.config.attention_scale
-            out, cache = append_one(qkv, cache, layer, *known)
+            qkv = [linear(layer, x, before=norm, step=step) for layer in self._inputs()]
+            qkv = jnp.concatenate(qkv, axis=-1).reshape(len(x), -1, self.config.head_dim)
+            width = self.config.num_attention_heads * self.config.head_dim
+            ahead = adapter_ahead(self.o_proj, jax.ShapeDtypeStruct((len(x), width), x.dtype))
+            known: Any = context.mask, context.rope, self.config.attention_scale, ahead
+            out, hidden, cache = append_one(qkv, cache, layer, *known)
         else:
+            hidden = None
             q, k, v = self._project(x, norm, step)
             out, cache = self._attend(q, k, v, context, cache, layer)
         out = out.reshape(*x.shape[:2], -1)
-        return linear(self.o_proj, out, residual=residual, step=step), cache
+        return linear(self.o_proj, out, residual=residual, step=step, hidden=hidden), cache
 
     def _appends(self, context: Context, cache: KVCache) -> bool:
         """Whether one kernel can rotate, write and attend."""
         c, mask, rope = self.config, context.mask, context.rope
-        plain = c.fused_qkv == "sections" and not c.qk_norm and context.bias is None
+        plain = c.fused_qkv != "heads" and not c.qk_norm and context.bias is None
         plain = plain and c.attention_softcap is None and not c.attention_sinks
         old = mask is not None and mask.shape[-1] == cache.slots and not cache.is_fresh
         turned = rope is not None and 2 * rope[0].shape[-1] == c.head_dim
@@ -94,13 +97,20 @@ class Attention(nnx.Module):
         own_values = self.config.num_key_value_heads == self.config.num_attention_heads
         return {"v_proj": ("o_proj/kernel",)} if own_values and hasattr(self, "v_proj") else {}
 
+    def _inputs(self) -> list[Any]:
+        """The layers that x is projected by."""
+        if self.config.fused_qkv:
+            return [self.qkv_proj]
+        return [self.q_proj, self.k_proj, self.v_proj]
+
     def _project(self, x: jax.Array, norm, step) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values [B, T, heads, head_dim]."""
         c = self.config
         heads = (*x.shape[:2], -1, c.head_dim)
         if c.fused_qkv is None:
-            x = x if norm is None else norm(x)
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            if not step and norm is not None:  # once; in a step each product has it in a kernel
+                x, norm = norm(x), None
+            q, k, v = (linear(layer, x, before=norm, step=step) for layer in self._inputs())
             return q.reshape(heads), k.reshape(heads), v.reshape(heads)
         qkv = linear(self.qkv_proj, x, before=norm, step=step)
         if x.shape[1] == 1:  # each use of it would sum up the adapter again

@@ -20,6 +20,7 @@ from qjax.models.packed_cache import (
     place,
     take_layer,
 )
+from qjax.models.step_linear import has_kernel
 
 
 class KVCache(NamedTuple):
@@ -136,8 +137,14 @@ def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> j
 
 
 def append_one(
-    qkv: jax.Array, cache: KVCache, layer, mask: jax.Array, rope: tuple[jax.Array, jax.Array], scale
-) -> tuple[jax.Array, KVCache]:
+    qkv: jax.Array,
+    cache: KVCache,
+    layer,
+    mask: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    scale,
+    low_rank: tuple[jax.Array, float] | None = None,
+) -> tuple[jax.Array, jax.Array | None, KVCache]:
     """Rotate one query and key a row, `write` into a float cache, and `attend_one`, in one.
 
     Args:
@@ -145,9 +152,11 @@ def append_one(
         mask: as in `attend_one`, with the new token.
         rope: cosines and sines [B, 1, 1, head_dim / 2].
         scale: as in `attend`.
+        low_rank: A and the factor of the next layer's adapter, as `append_attention` takes them.
 
     Returns:
-        [B, 1, heads, head_dim] in qkv's dtype, and the cache; see `write` for what is the caller's.
+        [B, 1, heads, head_dim] in qkv's dtype; its product with A, or None without `low_rank` and
+        where the kernel takes none; and the cache, see `write` for what is the caller's.
     """
     mask = jnp.broadcast_to(mask[:, 0, 0], cache.valid.shape)
     cos, sin = (jnp.broadcast_to(a[:, 0, 0], (len(qkv), a.shape[-1])) for a in rope)
@@ -156,10 +165,14 @@ def append_one(
     is_list, written = isinstance(k, tuple), jnp.asarray(cache.length) + 1
     held, index = ((k[layer], v[layer]), None) if is_list else ((k, v), layer)
     new = qkv, *held, mask, written, cos, sin
-    out, *held = append_attention(*new, scale=scale, layer=index)
+    a, factor = low_rank or (None, 1.0)
+    how: dict[str, Any] = {"factor": factor, "scale": scale, "layer": index}
+    if a is not None and not has_kernel("append_attention", *new, a, **how):
+        a = None
+    out, hidden, *held = append_attention(*new, a, **how)
     if is_list:
         held = [(*whole[:layer], one, *whole[layer + 1 :]) for whole, one in zip((k, v), held)]
-    return out[:, None], cache._replace(k=held[0], v=held[1])
+    return out[:, None], hidden, cache._replace(k=held[0], v=held[1])
 
 
 def _write(held, layer, new: jax.Array, start):

@@ -7,7 +7,7 @@ from flax import nnx
 
 from qjax.models.attention import Attention
 from qjax.models.mlp import MLP
-from qjax.nn.nnx_fuse import fuse_linears, is_fused, split_linear
+from qjax.nn.nnx_fuse import check_linears, fuse_linears, is_fused, split_linear
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
@@ -35,6 +35,7 @@ def fuse_projections(model: Any) -> Any:
     Raises:
         ValueError: layers that differ in format, block size, dtype or adapter; or nothing to fuse.
         NotImplementedError: an encoder-decoder model.
+        The model is as it was then.
 
     Example:
         >>> config = qjax.models.ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
@@ -45,17 +46,21 @@ def fuse_projections(model: Any) -> Any:
     """
     if not hasattr(model, "layers"):
         raise NotImplementedError(f"{type(model).__name__} has no stack of blocks of its own")
-    changes = {}
-    for path, module in list(nnx.iter_modules(model, graph=True)):
+    changes, found = {}, []
+    for path, module in nnx.iter_modules(model, graph=True):
         where = "/".join(map(str, path))
         if type(module) is Attention and module.config.fused_qkv is None:
-            _join(module, _QKV, "qkv_proj", where)
+            found.append((module, _QKV, "qkv_proj", [f"{where}/{name}" for name in _QKV]))
             changes["fused_qkv"] = "sections"
         elif isinstance(module, MLP) and module.kind == "gated":
-            _join(module, _GATE_UP, "gate_up_proj", where)
-            changes["mlp"] = module.kind = "gated_fused"
+            found.append((module, _GATE_UP, "gate_up_proj", [f"{where}/{n}" for n in _GATE_UP]))
+            changes["mlp"] = "gated_fused"
     if not changes:
         raise ValueError(f"{type(model).__name__} has no projections to fuse")
+    for module, names, _, paths in found:
+        check_linears([getattr(module, name) for name in names], paths)
+    for module, names, new, paths in found:
+        _join(module, names, new, paths)
     return _reconfigure(model, changes)
 
 
@@ -84,11 +89,12 @@ def refuse_fused(model: Any, what: str) -> None:
         raise ValueError(f"{what} knows no fused projections: call qjax.split_projections first")
 
 
-def _join(module: Any, names: tuple[str, ...], new: str, where: str) -> None:
-    layers = [getattr(module, name) for name in names]
-    setattr(module, new, fuse_linears(layers, [f"{where}/{name}" for name in names]))
+def _join(module: Any, names: tuple[str, ...], new: str, paths: list[str]) -> None:
+    setattr(module, new, fuse_linears([getattr(module, name) for name in names], paths))
     for name in names:
         delattr(module, name)
+    if isinstance(module, MLP):
+        module.kind = "gated_fused"
 
 
 def _part(module: Any, name: str, names: tuple[str, ...]) -> None:

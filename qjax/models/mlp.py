@@ -65,12 +65,12 @@ class MLP(nnx.Module):
             inner = linear(self.gate_up_proj, x, before=norm, step=step)
             inner, before = checkpoint_name(inner, "gate_up"), Gated(self.activation)
         else:
-            x = x if norm is None else norm(x)
-            inner = self.activation(checkpoint_name(self._first(x), "gate_up"))
+            if not step and norm is not None:  # once; in a step each product has it in a kernel
+                x, norm = norm(x), None
+            first = self.gate_proj if self.kind == "gated" else self.up_proj
+            inner = linear(first, x, before=norm, step=step)
+            inner = self.activation(checkpoint_name(inner, "gate_up"))
             if self.kind == "gated":
-                inner = inner * checkpoint_name(self.up_proj(x), "gate_up")
+                up = linear(self.up_proj, x, before=norm, step=step)
+                inner = inner * checkpoint_name(up, "gate_up")
         return linear(self.down_proj, inner, before=before, residual=residual, step=step)
-
-    def _first(self, x: jax.Array) -> jax.Array:
-        """What the activation is of."""
-        return self.gate_proj(x) if self.kind == "gated" else self.up_proj(x)

@@ -20,7 +20,7 @@ from qjax.core.double_quant import DoubleQuant
 from qjax.core.qtensor import QTensor
 from qjax.core.scales import CLASSES, Scales, kernel_scales
 
-_VARIABLES = ("kernel", "bias", "lora_a", "lora_b")
+_VARIABLES = ("kernel", "bias", "lora_a", "lora_b", "lora_magnitude")
 _OTHER_SCALES = tuple(cls for cls in CLASSES if cls is not DoubleQuant)
 # What must be equal in layers that become one.
 _SHARED = ("in_features", "dtype", "param_dtype", "lora_config", "compute_dtype")
@@ -41,14 +41,8 @@ def fuse_linears(layers: Sequence[Any], names: Sequence[str]) -> Any:
         ValueError: layers of different classes, inputs, dtypes, adapters or formats, or a weight
             in the flat layout.
     """
+    check_linears(layers, names)
     first = layers[0]
-    for layer, name in zip(layers, names):
-        for field in ("__class__", *_SHARED):
-            mine, its = getattr(first, field, None), getattr(layer, field, None)
-            if mine != its:
-                raise ValueError(f"{names[0]} and {name} differ in {field}: {mine} and {its}")
-        if (layer.bias is None) != (first.bias is None):
-            raise ValueError(f"only one of {names[0]} and {name} has a bias")
     fused = copy.copy(first)
     fused.sections = tuple(n for layer in layers for n in _sections(layer))
     fused.out_features = sum(layer.out_features for layer in layers)
@@ -57,11 +51,34 @@ def fuse_linears(layers: Sequence[Any], names: Sequence[str]) -> Any:
             continue
         values = [getattr(layer, name).get_raw_value() for layer in layers]
         if isinstance(values[0], QTensor):
-            value: Any = concatenate(values, names)
+            value: Any = _concatenate(values)
         else:
             value = jnp.concatenate(values, axis=-1)
         setattr(fused, name, getattr(first, name).replace(value))
     return fused
+
+
+def check_linears(layers: Sequence[Any], names: Sequence[str]) -> None:
+    """Raise ValueError where `fuse_linears` would."""
+    first = layers[0]
+    for layer, name in zip(layers, names):
+        for field in ("__class__", *_SHARED):
+            mine, its = getattr(first, field, None), getattr(layer, field, None)
+            if mine != its:
+                raise ValueError(f"{names[0]} and {name} differ in {field}: {mine} and {its}")
+        if (layer.bias is None) != (first.bias is None):
+            raise ValueError(f"only one of {names[0]} and {name} has a bias")
+    weights = [layer.kernel.get_raw_value() for layer in layers]
+    if not isinstance(weights[0], QTensor):
+        return
+    for q, name in zip(weights, names):
+        for field in ("format", "block_size", "dtype"):
+            mine, its = getattr(weights[0], field), getattr(q, field)
+            if mine != its:
+                raise ValueError(f"{names[0]} and {name} differ in {field}: {mine} and {its}")
+        plain = q.layout == "rows" and q.contract_axes == (0,) and len(q.slice_shape) == 2
+        if not plain or q.kind.bits != 4 or isinstance(q.scales, _OTHER_SCALES):
+            raise ValueError(f"{name}: {q!r} has no rows of scaled blocks to put beside others")
 
 
 def split_linear(layer: Any) -> list[Any]:
@@ -94,17 +111,9 @@ def split_linear(layer: Any) -> list[Any]:
     return parts
 
 
-def concatenate(weights: Sequence[QTensor], names: Sequence[str]) -> QTensor:
+def _concatenate(weights: Sequence[QTensor]) -> QTensor:
     """Concatenate the outputs of 4-bit kernels [in, out] with one input."""
     first = weights[0]
-    for q, name in zip(weights, names):
-        for field in ("format", "block_size", "dtype"):
-            mine, its = getattr(first, field), getattr(q, field)
-            if mine != its:
-                raise ValueError(f"{names[0]} and {name} differ in {field}: {mine} and {its}")
-        plain = q.layout == "rows" and q.contract_axes == (0,) and len(q.slice_shape) == 2
-        if not plain or q.kind.bits != 4 or isinstance(q.scales, _OTHER_SCALES):
-            raise ValueError(f"{name}: {q!r} has no rows of scaled blocks to put beside others")
     return dataclasses.replace(
         first,
         packed=jnp.concatenate([q.packed for q in weights], axis=-2),

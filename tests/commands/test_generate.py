@@ -8,9 +8,10 @@ import tokenizers
 from typer.testing import CliRunner
 
 import qjax.cli
-from qjax.commands.generate import decode
+from pallas_kernels import dispatch
+from qjax.commands.generate import decode, fused
 from tests.commands.words import word_tokenizer, words
-from tests.models.golden import FOLDER, reference
+from tests.models.golden import FOLDER, golden_model, reference
 
 
 def run(*args, **options):
@@ -36,7 +37,7 @@ def test_the_text_is_that_of_transformers_up_to_its_end(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
     packed = run(folder, "-p", words(prompt), "--max-new-tokens", 12, "--kv-format", "int8")
     assert packed.output.split() == words(answer[: list(answer).index(end)]).split()
-    result = run(folder, "--max-new-tokens", 12, input=words(prompt))
+    result = run(folder, "--fuse", "--max-new-tokens", 12, input=words(prompt))
     assert result.output.split() == words(answer[: list(answer).index(end)]).split()
 
 
@@ -65,6 +66,24 @@ def test_a_seed_chooses_the_sample(folder):
     again = run(folder, *options, "--quantize", "nf4", "--seed", 0)
     other = run(folder, *options, "--quantize", "nf4", "--seed", 1)
     assert first.exit_code == 0 and first.output == again.output != other.output
+
+
+def test_a_gpu_gets_fused_projections_where_they_can_be(monkeypatch):
+    def load():
+        return qjax.from_pretrained(FOLDER / "llama" / "hf")
+
+    assert not is_fused(fused(load(), None).layers[0])
+    gpu = dispatch.Target("gpu", "NVIDIA H100", (9, 0))
+    monkeypatch.setattr("qjax.commands.generate.target", lambda: gpu)
+    assert not is_fused(fused(load(), False).layers[0])
+    assert is_fused(fused(load(), None).layers[0])
+    fused(golden_model("t5"), None)
+    with pytest.raises(NotImplementedError, match="Seq2SeqLM has no stack of blocks of its own"):
+        fused(golden_model("t5"), True)
+
+
+def is_fused(block):
+    return hasattr(block.self_attn, "qkv_proj") and hasattr(block.mlp, "gate_up_proj")
 
 
 def test_characters_of_several_tokens_are_shown_whole():

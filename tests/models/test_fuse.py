@@ -1,5 +1,7 @@
 """Fused projections against the single layers they stand for, and attention with one query."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,26 @@ def test_misuse_is_named(tmp_path):
     mixed = qjax.QuantConfig(overrides={"k_proj": {"block_size": 32}})
     with pytest.raises(ValueError, match=r"0/self_attn/k_proj differ in block_size: 64 and 32"):
         qjax.fuse_projections(load(config=mixed))
+
+
+def test_a_model_that_cannot_be_fused_stays_as_it_was():
+    mixed = dataclasses.replace(CONFIG, overrides={"1/mlp/up_proj": {"block_size": 32}})
+    model, ids = load(config=mixed), reference("llama")["input_ids"]
+    want = forward(model, ids)
+    with pytest.raises(ValueError, match=r"1/mlp/up_proj differ in block_size: 64 and 32"):
+        qjax.fuse_projections(model)
+    np.testing.assert_array_equal(forward(model, ids), want)
+
+
+@pytest.mark.slow
+def test_dora_is_fused_with_its_magnitudes():
+    lora = qjax.LoraConfig(rank=2, alpha=3, dora=True)
+    model, ids = qjax.add_lora(load(), lora, rngs=nnx.Rngs(0)), reference("llama")["input_ids"]
+    for i, (path, leaf) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
+        noise = 0.1 * jax.random.normal(jax.random.key(i), leaf.shape)
+        leaf.set_value(leaf[...] * (1 + noise) if "lora_magnitude" in path else noise)
+    want = forward(model, ids)
+    np.testing.assert_allclose(forward(qjax.fuse_projections(model), ids), want, atol=1e-4)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -11,7 +11,7 @@ from flax import nnx
 import qjax
 from pallas_kernels import dispatch
 from qjax.core.qslice import ArraySlice
-from qjax.models import CausalLM, ModelConfig, step_linear
+from qjax.models import CausalLM, ModelConfig, cache, step_linear
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -25,9 +25,10 @@ CONFIG = ModelConfig(
 IDS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
 
-def make(lora, **changes):
+def make(lora, fused=True, **changes):
     model = CausalLM(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
-    qjax.fuse_projections(model)
+    if fused:
+        qjax.fuse_projections(model)
     qjax.quantize_model(model, qjax.QuantConfig(compute_dtype=jnp.float32))
     if lora is not None:
         qjax.add_lora(model, lora, rngs=nnx.Rngs(1))
@@ -49,7 +50,8 @@ def calls(monkeypatch):
     gpu = dispatch.Target("gpu", "NVIDIA H100", (9, 0))
     for module in ("qjax.generate", "qjax.models.step_linear"):
         monkeypatch.setattr(f"{module}.target", lambda: gpu)
-    monkeypatch.setattr(step_linear, "_has_kernel", lambda *args, **options: True)
+    for module in (step_linear, cache):
+        monkeypatch.setattr(module, "has_kernel", lambda *args, **options: True)
     monkeypatch.setattr(step_linear, "adapted_matmul", spy)
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
     return seen
@@ -66,16 +68,17 @@ LORA = qjax.LoraConfig(rank=4, alpha=6, rslora=True, dropout=0.5)
         (None, {"norm": "rms_offset", "hidden_act": "gelu"}, 8),
         pytest.param(dataclasses.replace(LORA, dora=True), {}, 0, marks=pytest.mark.slow),
         pytest.param(LORA, {"block": "parallel"}, 4, marks=pytest.mark.slow),
+        pytest.param(LORA, {"fused": False}, 14, marks=pytest.mark.slow),
         pytest.param(None, {"qk_norm": True, "qkv_bias": True}, 6, marks=pytest.mark.slow),
     ],
-    ids=["scan", "loop", "base", "dora", "parallel", "qk_norm"],
+    ids=["scan", "loop", "base", "dora", "parallel", "single", "qk_norm"],
 )
 def test_tokens_stay_the_same(lora, changes, adapted, request):
     model = make(lora, **changes)
     plain = np.asarray(model.generate(IDS, max_new_tokens=8))
     calls = request.getfixturevalue("calls")
     np.testing.assert_array_equal(model.generate(IDS, max_new_tokens=8), plain)
-    assert len(calls) == adapted  # of the four layers of a block, traced once under scan
+    assert len(calls) == adapted  # of the layers of two blocks, traced once under scan
     if changes.get("scan_layers"):
         (_, packed, *_), options = calls[0]
         assert packed.shape[0] == 2  # the stack, which nobody has sliced

@@ -162,9 +162,14 @@ def permute(a, b, selector):
     return Register(out)
 
 
+class AwaitsBlock(Exception):
+    """A block waits for one that has not run."""
+
+
 def await_signal(address, tag):
     seen = on.machine.load(address, 8)[on.machine.mask].view(np.uint64)[:, 0]
-    assert (seen == tag.value[on.machine.mask]).all(), "waits for a block that starts later"
+    if (seen != tag.value[on.machine.mask]).any():
+        raise AwaitsBlock
     on.machine.store(address, np.zeros(on.machine.threads, np.uint64))
 
 
@@ -181,6 +186,7 @@ PRIMITIVES = {
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
     "select_float": lambda c, yes, no: np.where(c, yes, no),
     "both": lambda a, b: a & b,
+    "either": lambda a, b: a | b,
     "when": when,
     "branch": branch,
     "loop": loop,
@@ -196,6 +202,7 @@ PRIMITIVES = {
     "fma": lambda a, b, c: a * b + c,
     "mul_then_add": lambda a, b, c: a * b + c,
     "round_to": lambda value, dtype: value.astype(np.dtype(dtype)),
+    "widen": lambda halves, count: list(halves.astype(np.float32).T),
     "pack_pair": lambda low, high, dtype: pack(np.stack([low, high], -1), dtype),
     "mul_pairs": lambda a, b, dtype: pack(unpack(a, dtype) * unpack(b, dtype), dtype),
     "mma": mma,
@@ -223,6 +230,9 @@ PRIMITIVES = {
     "prefetch": lambda address: on.machine.load(address, 1),
     "load_half": lambda address, dtype: (
         on.machine.load(address, 2).view(np.dtype(dtype))[:, 0].astype(np.float32)
+    ),
+    "load_halves": lambda address, count, dtype: on.machine.load(address, 2 * count).view(
+        np.dtype(dtype)
     ),
     "load_word": lambda address: Register(on.machine.load(address, 4).view(np.uint32)[:, 0]),
     "load_byte": lambda address: Register(on.machine.load(address, 1)[:, 0].astype(np.uint32)),
@@ -257,24 +267,37 @@ def allocate(value):
     )
 
 
-def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block):
-    """Run `make_block(references, out, scratch).run()` for each block; gives the output array."""
+def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block, together=1):
+    """Run `make_block(references, out, scratch).run()` for each block; gives the output array.
+
+    Of `together` neighbours, each may wait for the others; those that do run once more, when all
+    have come as far as they can.
+    """
     machine = on.start(threads)
     for name, value in PRIMITIVES.items():
         module = mosaic if hasattr(mosaic, name) else mosaic_memory
         monkeypatch.setattr(module, name, value)
     references = type(operands)(*map(allocate, operands))
     target = machine.allocate_global(out)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for block in range(blocks):
-            scratch = machine.start_block(block, layout.scratch(tiles))
-            body = make_block(references, target, scratch)
+
+    def ends(block: int) -> bool:
+        scratch = machine.start_block(block, layout.scratch(tiles))
+        body = make_block(references, target, scratch)
+        try:
             if hasattr(body, "roles"):
                 body.setup()
                 machine.run_roles(body)
-            else:
-                body.run()
-                phases = [phase for phase in machine.barriers.values() if phase.copies]
-                assert all(phase.waited == phase.completed for phase in phases)
+                return True
+            body.run()
+        except AwaitsBlock:
+            return False
+        phases = [phase for phase in machine.barriers.values() if phase.copies]
+        assert all(phase.waited == phase.completed for phase in phases)
+        return True
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        for first in range(0, blocks, together):
+            waiting = [block for block in range(first, first + together) if not ends(block)]
+            assert all(map(ends, waiting)), "waits for a block that starts later"
     data = machine.memory(target.address)[0][: out.nbytes]
     return data.view(out.dtype).reshape(out.shape)

@@ -1,6 +1,7 @@
 """decode_attention against float64 numpy: XLA's, and the Triton kernel's jnp and lowering."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +81,9 @@ def test_the_kernel_lowers_for_cuda(shape, dtype):
     assert "decode_attention_triton" in lower(lambda *a: attend(*a[:-1], layer=a[-1]), *args)
     (qkv, cos, sin), _ = appended(q, k, v, length, 1)
     append = functools.partial(append_triton.append_attention, scale=0.25)
-    args = qkv, k, v, mask, jnp.int32(length), cos, sin, jnp.int32(1)
-    assert "append_attention_triton" in lower(lambda *a: append(*a[:-1], layer=a[-1]), *args)
+    args = qkv, k, v, mask, jnp.int32(length), cos, sin, adapter(q, 2), jnp.int32(1)
+    text = lower(lambda *a: append(*a[:-1], layer=a[-1]), *args)
+    assert "append_attention_triton" in text and "combine_attention_triton" in text
 
 
 def test_programs_share_a_head_where_heads_are_few():
@@ -124,6 +126,25 @@ def check_appended(found, k, v, want, mask, length, layer, atol):
     np.testing.assert_allclose(y, expected(*want, mask, 0.3), atol=atol)
 
 
+def adapter(q, layers):
+    """A [R, heads * head_dim], or a stack, of a rank that is no power of two."""
+    shape = () if layers is None else (layers,)
+    a = np.random.default_rng(2).standard_normal((*shape, 6, q.shape[1] * q.shape[2]))
+    return jnp.asarray(a, q.dtype)
+
+
+def check_hidden(hidden, a, layer, out, atol):
+    if a is None:
+        assert hidden is None
+        return
+    a = np.asarray(a if layer is None else a[layer], np.float64)
+    want = 0.5 * out.reshape(len(out), -1) @ a.T
+    # An error of atol in each of K elements, of either sign, times numbers of size 1.
+    rounding = 2**-8 if hidden.dtype == jnp.bfloat16 else 0.0  # of the result
+    found = np.asarray(hidden, np.float64)
+    np.testing.assert_allclose(found, want, atol=atol * a.shape[1] ** 0.5, rtol=rounding)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layers", [None, 3])
 def test_a_new_token_joins_the_cache(shape, layers):
@@ -133,10 +154,14 @@ def test_a_new_token_joins_the_cache(shape, layers):
     (qkv, cos, sin), want = appended(q, k, v, length, layer)
     k, v = (x.at[..., length - 1, :].set(jnp.nan) for x in (k, v))  # what was there is not read
     arrays = qkv, k, v, mask, length, cos, sin
-    xla = append_attention(*arrays, scale=0.3, layer=layer, implementation="xla")
-    kernel = append_triton.append_attention(*arrays, scale=0.3, layer=layer, interpret=True)
-    for found in (xla, kernel):
-        check_appended(found, k, v, want, mask, length, layer, 5e-6)  # as above
+    a = adapter(q, layers)
+    how: dict[str, Any] = {"factor": 0.5, "scale": 0.3, "layer": layer}
+    for given in (None, a) if layers is None else (a,):
+        xla = append_attention(*arrays, given, **how, implementation="xla")
+        kernel = append_triton.append_attention(*arrays, given, **how, interpret=True)
+        for out, hidden, *held in (xla, kernel):
+            check_appended((out, *held), k, v, want, mask, length, layer, 5e-6)  # as above
+            check_hidden(hidden, given, layer, expected(*want, mask, 0.3), 5e-6)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +174,12 @@ def test_a_new_token_joins_the_cache(shape, layers):
         ({"v": (2, 2, 9, 16)}, r"k is float32\[2,2,8,16\] and v float32\[2,2,9,16\], both must be"),
         ({"mask": (1, 8)}, r"mask has shape \(1, 8\), must be \(2, 8\)"),
         ({"cos": (2, 16)}, r"cos has shape \(2, 16\) and sin \(2, 8\), both must be \(2, 8\)"),
+        ({"a": (3, 32)}, r"a has shape \(3, 32\), must be \[R, 64\]"),
     ],
 )
 def test_shapes_of_a_new_token_that_do_not_fit_are_named(change, message):
     shapes = {"qkv": (2, 8, 16), "k": (2, 2, 8, 16), "v": (2, 2, 8, 16), "mask": (2, 8)}
-    shapes |= {"length": (), "cos": (2, 8), "sin": (2, 8)} | change
+    shapes |= {"length": (), "cos": (2, 8), "sin": (2, 8), "a": (3, 64)} | change
     arrays = [jnp.ones(shape, bool if name == "mask" else float) for name, shape in shapes.items()]
     with pytest.raises(ValueError, match=message):
         append_attention(*arrays)
@@ -173,6 +199,27 @@ def test_shapes_that_do_not_fit_are_named(change, message):
     arrays = [jnp.ones(shape, bool if name == "mask" else float) for name, shape in shapes.items()]
     with pytest.raises(ValueError, match=message):
         decode_attention(*arrays, 8)
+
+
+def test_a_cache_of_more_elements_than_32_bits_count():
+    shape = jax.ShapeDtypeStruct
+    k = shape((32, 8, 32, 5120, 128), jnp.bfloat16)
+    qkv, mask = shape((8, 96, 128), k.dtype), shape((8, 5120), bool)
+    turn = shape((8, 64), jnp.float32)
+    arrays = qkv, k, k, mask, shape((), jnp.int32), turn, turn, None, shape((), jnp.int32)
+    append = functools.partial(append_triton.append_attention, scale=0.1)
+    assert append_triton.unsupported(*arrays[:-1], scale=0.1, layer=arrays[-1]) is None
+    # Pallas takes 64-bit offsets above 2**32 bytes.
+    assert "append_attention_triton" in lower(lambda *a: append(*a[:-1], layer=a[-1]), *arrays)
+
+
+def test_adapters_that_the_kernel_does_not_take():
+    x = jnp.ones
+    arrays = x((1, 6, 16)), *[x((1, 1, 8, 16))] * 2, x((1, 8), bool), 8, *[x((1, 8))] * 2
+    with pytest.raises(ValueError, match="a is bfloat16, must be qkv's float32"):
+        append_attention(*arrays, x((3, 64), jnp.bfloat16))
+    why = append_triton.unsupported(*arrays, x((1000, 64)), scale=1.0)
+    assert why == "rank 1000 and 4 heads of 16 are too much for the registers"
 
 
 def test_many_queries_of_a_head_are_left_to_xla():
@@ -205,9 +252,11 @@ def test_a_new_token_joins_the_cache_on_a_gpu(shape, dtype):
     *sizes, length = shape
     q, k, v, mask = problem(*sizes, length=length, layers=2, dtype=dtype)
     (qkv, cos, sin), want = appended(q, k, v, length, 1)
-    append = functools.partial(append_attention, scale=0.3, implementation="triton")
+    append = functools.partial(append_attention, factor=0.5, scale=0.3, implementation="triton")
     call = jax.jit(lambda *a: append(*a[:-1], layer=a[-1]), donate_argnums=(1, 2))
-    arrays = mask, jnp.int32(length), cos, sin, jnp.int32(1)
-    found = call(qkv, jnp.copy(k), jnp.copy(v), *arrays)
+    a = adapter(q, 2)
+    arrays = mask, jnp.int32(length), cos, sin, a, jnp.int32(1)
+    out, hidden, *held = call(qkv, jnp.copy(k), jnp.copy(v), *arrays)
     atol = 5e-6 if dtype == jnp.float32 else 4e-2  # bfloat16: keys of size 4 are rounded to 2^-7
-    check_appended(found, k, v, want, mask, length, 1, atol)
+    check_appended((out, *held), k, v, want, mask, length, 1, atol)
+    check_hidden(hidden, a, 1, expected(*want, mask, 0.3), atol)
