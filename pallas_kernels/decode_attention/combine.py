@@ -42,7 +42,7 @@ def combine(sums, tops, totals, low, factor, dtype, *, batch, splits, interpret)
 
 
 def _kernel(sums_ref, tops_ref, totals_ref, *refs, splits, factor):
-    low_refs, out_ref, hidden_refs = refs[: len(refs) // 2], refs[len(refs) // 2], refs[-1:]
+    low_ref, out_ref, hidden_ref = refs if len(refs) == 3 else (None, *refs, None)
     batch, heads, head_dim = out_ref.shape
     group = sums_ref.shape[1]
 
@@ -72,9 +72,8 @@ def _kernel(sums_ref, tops_ref, totals_ref, *refs, splits, factor):
         place = out_ref.at[program // heads, program % heads, lane]
         plt.store(place, add(sums_ref, head, lane, inside).astype(out_ref.dtype), mask=inside)
 
-    if not low_refs:
+    if low_ref is None or hidden_ref is None:
         return
-    (low_ref,), (hidden_ref,) = low_refs, hidden_refs
     ranks = low_ref.shape[2]
     tile = pl.next_power_of_2(heads), pl.next_power_of_2(ranks)
 
