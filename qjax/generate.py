@@ -62,7 +62,7 @@ def generate(
     """Continue each row of `ids` by up to `max_new_tokens` tokens.
 
     Args:
-        ids: int [B, T].
+        ids: int [B, T], an array or lists.
         attention_mask: int or bool [B, T], 0 on padding, which may be on either side; every row
             needs a real token. None: no padding.
         temperature: 0 takes the likeliest token; above, logits are divided by it and sampled.
@@ -148,10 +148,14 @@ def stream(
 
 
 def as_tokens(ids, attention_mask=None) -> tuple[jax.Array, jax.Array | None]:
-    """Return ids as int32 and the mask as bool, both [B, T]; raise when they are anything else."""
-    dtype = jnp.result_type(ids)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"ids must be an integer array, not {dtype}")
+    """Return ids, maybe lists, as int32 and the mask as bool, both [B, T]; or raise."""
+    if not hasattr(ids, "dtype"):
+        try:
+            ids = np.asarray(ids)
+        except ValueError:
+            raise ValueError("ids has rows of unequal length: pad, and give attention_mask") from None
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"ids must be integers, the tokens of a text, not {ids.dtype}")
     if jnp.ndim(ids) != 2 or 0 in jnp.shape(ids):
         raise ValueError(f"ids has shape {jnp.shape(ids)}, must be [batch, tokens], neither 0")
     ids = jnp.asarray(ids, jnp.int32)

@@ -29,7 +29,8 @@ def quantize_model(model: nnx.Module, cfg: QuantConfig = DEFAULT) -> nnx.Module:
     paths. Shared layers stay shared; layers stacked by `nnx.vmap` are quantized slice by slice. By
     default embeddings, norms, routers and the output head stay in floating point; `qjax.report`
     says what stayed and why. A weight that does not fit its layer stays too, with a warning: layers
-    that are stacked along another axis than 0 are such.
+    that are stacked along another axis than 0 are such. What is quantized already is left alone,
+    whatever `cfg` says of it.
 
     Under a transform such as `nnx.jit`, make the model there (or `nnx.merge` it) and return it:
     Flax does not carry changes of a layer's class out of a transform that got the model.

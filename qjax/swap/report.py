@@ -142,7 +142,8 @@ def report(x: Any, *example_args: Any, **example_kwargs: Any) -> Report:
         A `Report`: `rows`, `totals`, `report[path]`, and a table as its `str()`.
 
     Raises:
-        TypeError: example arguments for a tree that do not begin with something to call.
+        TypeError: x has no arrays, as a Linen module itself; or example arguments for a tree do
+            not begin with something to call.
 
     Example:
         >>> model = qjax.quantize_model(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
@@ -150,12 +151,15 @@ def report(x: Any, *example_args: Any, **example_kwargs: Any) -> Report:
         >>> r["kernel"].format, r["kernel"].uses
         ('nf4', ('matmul: xla',))
     """
+    leaves = list(iter_leaves(x))
+    if not isinstance(x, nnx.Module) and not any(hasattr(leaf, "shape") for _, leaf, _ in leaves):
+        raise TypeError(f"x must be an NNX model, a state or a tree of arrays, got {x!r:.100}")
     uses = None
     if example_args or example_kwargs:
         trace = trace_nnx if isinstance(x, nnx.Module) else trace_tree
         uses = trace(x, *example_args, **example_kwargs)
     rows = []
-    for path, leaf, why in iter_leaves(x):
+    for path, leaf, why in leaves:
         row = _row(path, leaf, why)
         if uses is not None and row.is_quantized:
             row = dataclasses.replace(row, uses=uses.get(path, ()))

@@ -133,7 +133,9 @@ def test_an_unknown_activation_names_the_known_ones():
 @pytest.mark.parametrize(
     "ids, mask, error, message",
     [
-        (np.ones((2, 3), np.float32), None, TypeError, "ids must be an integer array, not float32"),
+        (np.ones((2, 3), np.float32), None, TypeError, "ids must be integers, .* not float32"),
+        ("a text", None, TypeError, "ids must be integers, the tokens of a text, not <U6"),
+        ([[1], [2, 3]], None, ValueError, "ids has rows of unequal length: pad"),
         (
             np.ones(3, np.int32),
             None,
@@ -153,3 +155,11 @@ def test_misuse_is_named(ids, mask, error, message):
     model = golden_model("llama")
     with pytest.raises(error, match=message):
         model(ids, mask)
+
+
+def test_tokens_may_be_lists():
+    model, ids = golden_model("llama"), [[1, 5, 7]]
+    array = np.asarray(ids, np.int32)
+    np.testing.assert_array_equal(model(ids), model(array))
+    one, other = (model.generate(x, max_new_tokens=2) for x in (ids, array))
+    np.testing.assert_array_equal(one, other)

@@ -197,6 +197,10 @@ class TestTrees:
         with pytest.raises(TypeError, match=r"begin with what to call.*got int"):
             qjax.report(self.tree, 3)
 
+    def test_a_module_without_arrays_is_refused(self):
+        with pytest.raises(TypeError, match=r"x must be an NNX model.*got Dense\("):
+            qjax.report(nn.Dense(4))
+
 
 class TestWhatRan:
     def test_each_op(self):
