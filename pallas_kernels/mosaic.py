@@ -208,11 +208,6 @@ def add(a: ir.Value, b: ir.Value) -> ir.Value:
     return arith.addf(a, b)
 
 
-def mul(a: ir.Value, b: ir.Value) -> ir.Value:
-    """Product of two floats."""
-    return arith.mulf(a, b)
-
-
 def fma(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """Return a * b + c, rounded once."""
     return math_dialect.fma(a, b, c)

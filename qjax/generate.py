@@ -152,8 +152,8 @@ def as_tokens(ids, attention_mask=None) -> tuple[jax.Array, jax.Array | None]:
     if not hasattr(ids, "dtype"):
         try:
             ids = np.asarray(ids)
-        except ValueError:
-            raise ValueError("ids has rows of unequal length: pad, and give attention_mask") from None
+        except ValueError as error:
+            raise ValueError("ids has rows of unequal length: pad them") from error
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be integers, the tokens of a text, not {ids.dtype}")
     if jnp.ndim(ids) != 2 or 0 in jnp.shape(ids):

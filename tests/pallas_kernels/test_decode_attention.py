@@ -34,6 +34,9 @@ def expected(q, k, v, mask, scale):
     return np.einsum("bhs,bhsd->bhd", weights / weights.sum(-1, keepdims=True), v)
 
 
+# Weighted means of values of size 1: a few float32 roundings in the logits and the sums.
+ROUNDINGS = 5e-6
+
 # batch, heads, kv_heads, slots, head_dim, length: of one tile and of several, in one part and more.
 SHAPES = [
     (2, 4, 2, 24, 16, 17),
@@ -52,23 +55,22 @@ def test_attention_agrees_with_float64(shape, layers):
     own = (k, v) if layers is None else (k[2], v[2])
     xla = decode_attention(q, k, v, mask, length, scale=0.3, layer=layer, implementation="xla")
     kernel = triton.decode_attention(q, k, v, mask, length, scale=0.3, layer=layer, interpret=True)
-    # Weighted means of values of size 1: a few float32 roundings in the logits and the sums.
     for y in (xla, kernel):
-        np.testing.assert_allclose(y, expected(q, *own, mask, 0.3), atol=5e-6)
+        np.testing.assert_allclose(y, expected(q, *own, mask, 0.3), atol=ROUNDINGS)
 
 
 def test_slots_after_the_length_are_not_read():
     q, k, v, mask = problem(1, 2, 2, 256, 16, length=70)
     poisoned = [x.at[:, :, 70:].set(jnp.nan) for x in (k, v)]
     y = triton.decode_attention(q, *poisoned, mask, 70, scale=0.25, interpret=True)
-    np.testing.assert_allclose(y, expected(q, k, v, mask, 0.25), atol=5e-6)
+    np.testing.assert_allclose(y, expected(q, k, v, mask, 0.25), atol=ROUNDINGS)
 
 
 def test_a_part_without_a_slot_that_is_seen_adds_nothing():
     q, k, v, _ = problem(1, 2, 2, 256, 16, length=256)
     mask = jnp.arange(256)[None] >= 250  # padding on the left
     y = triton.decode_attention(q, k, v, mask, 256, scale=0.25, interpret=True)
-    np.testing.assert_allclose(y, expected(q, k, v, mask, 0.25), atol=5e-6)
+    np.testing.assert_allclose(y, expected(q, k, v, mask, 0.25), atol=ROUNDINGS)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -159,8 +161,8 @@ def test_a_new_token_joins_the_cache(shape, layers):
     xla = append_attention(*arrays, a, **how, implementation="xla")
     kernel = append_triton.append_attention(*arrays, a, **how, interpret=True)
     for out, hidden, *held in (xla, kernel):
-        check_appended((out, *held), k, v, want, mask, length, layer, 5e-6)  # as above
-        check_hidden(hidden, a, layer, expected(*want, mask, 0.3), 5e-6)
+        check_appended((out, *held), k, v, want, mask, length, layer, ROUNDINGS)
+        check_hidden(hidden, a, layer, expected(*want, mask, 0.3), ROUNDINGS)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_the_kernel_agrees_with_float64_on_a_gpu(shape, dtype):
     attend = jax.jit(functools.partial(decode_attention, scale=0.2, implementation="triton"))
     y = attend(q, k, v, mask, jnp.int32(length), layer=jnp.int32(1))
     # As above; bfloat16 rounds the result to 2^-9.
-    atol = 5e-6 if dtype == jnp.float32 else 1e-2
+    atol = ROUNDINGS if dtype == jnp.float32 else 1e-2
     np.testing.assert_allclose(y.astype(jnp.float32), expected(q, k[1], v[1], mask, 0.2), atol=atol)
 
 
@@ -256,6 +258,7 @@ def test_a_new_token_joins_the_cache_on_a_gpu(shape, dtype):
     a = adapter(q, 2)
     arrays = mask, jnp.int32(length), cos, sin, a, jnp.int32(1)
     out, hidden, *held = call(qkv, jnp.copy(k), jnp.copy(v), *arrays)
-    atol = 5e-6 if dtype == jnp.float32 else 4e-2  # bfloat16: keys of size 4 are rounded to 2^-7
+    # bfloat16 rounds keys of size 4 to 2^-7.
+    atol = ROUNDINGS if dtype == jnp.float32 else 4e-2
     check_appended((out, *held), k, v, want, mask, length, 1, atol)
     check_hidden(hidden, a, 1, expected(*want, mask, 0.3), atol)
