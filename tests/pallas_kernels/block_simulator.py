@@ -198,7 +198,6 @@ PRIMITIVES = {
     "and_or": lambda a, b, c: (a & b) | c,
     "zero": lambda: np.zeros(on.machine.threads, np.float32),
     "add": lambda a, b: a + b,
-    "mul": lambda a, b: a * b,
     "fma": lambda a, b, c: a * b + c,
     "mul_then_add": lambda a, b, c: a * b + c,
     "round_to": lambda value, dtype: value.astype(np.dtype(dtype)),
