@@ -74,7 +74,3 @@ class Int:
     def wide(self) -> "Int":
         """Zero-extend to 64 bits."""
         return Int(arith.extui(i64(), self.value))
-
-    def narrow(self) -> "Int":
-        """The low 32 bits."""
-        return Int(arith.trunci(i32(), self.value))

@@ -110,7 +110,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yield the new tokens of `generate` as they come, on the host.
 
-    The device runs on to the next tokens while the caller looks at these.
+    The next tokens are asked for before these are given, so that the device need not wait.
 
     Args:
         model, ids, attention_mask, max_new_tokens: as in `generate`, and so are the other options.

@@ -72,9 +72,6 @@ class Register:
     def wide(self):
         return Register(self.value.astype(np.uint64))
 
-    def narrow(self):
-        return Register((self.value & np.uint64(0xFFFFFFFF)).astype(np.uint32))
-
 
 class Reference:
     """Bytes in shared memory (address below `SHARED`) or an array in global memory."""
