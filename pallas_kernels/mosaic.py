@@ -153,12 +153,22 @@ def sync_block() -> None:
 
 
 def sync_cluster() -> None:
-    """Wait for all threads of the cluster, to initialize barriers or before leaving.
+    """Wait for all threads of the cluster, to initialize barriers or before leaving."""
+    arrive_cluster()
+    wait_cluster()
 
-    It orders nothing else: a release would wait for every store in flight.
+
+def arrive_cluster() -> None:
+    """Tell the cluster that this thread has come here; `wait_cluster` must follow.
+
+    It orders nothing: a release would wait for every store in flight.
     """
-    text = "barrier.cluster.arrive.relaxed; barrier.cluster.wait;"
-    asm(None, [], text, "~{memory}", effects=True)
+    asm(None, [], "barrier.cluster.arrive.relaxed;", "~{memory}", effects=True)
+
+
+def wait_cluster() -> None:
+    """Wait until all threads of the cluster have arrived."""
+    asm(None, [], "barrier.cluster.wait;", "~{memory}", effects=True)
 
 
 def sync_threads(barrier: Int, count: int) -> None:

@@ -3,19 +3,26 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 PANEL = 256  # k of 16 weight rows that a warp takes at a time
-MID_ROWS = 128  # weight rows of a block of `mosaic_mid`
+MID_ROWS = 256  # weight rows of the warps of a block of `mosaic_mid`, at one k or at several
 _BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
 _TILE_US = 0.1  # a tile's cost beside its bytes: barriers and the sum over warps
 _SUM_US = 1.3  # the kernel that sums slabs
 _DECODE_ROWS = 8  # up to here `mosaic_decode` alone
 _MOST_DECODE_ROWS = 16  # above here `mosaic_mid` alone
-# Of `mosaic_mid`, from 4096 x 14336, 14336 x 4096 and 4096 x 4096 at M = 32, 64 and 128:
-_BLOCK_US = 4.0  # a block beside its panels: launch, table, first copies, result
-_PANEL_US = 0.72, 1 / 113  # a panel, and a row of x of it
-_SHARE_US = 0.045, 0.1  # of a tile in several blocks: a row of x, and a block
+# Of `mosaic_mid`, by teams: a kernel, a row of x; where each team takes a panel, a row of x of it.
+_MID_US = {
+    1: (3.1, 0.039, 1.37, 0.0111),
+    2: (3.7, 0.006, 1.11, 0.0184),
+    4: (2.6, 0.012, 1.67, 0.0154),
+}
+_CLUSTER_US = 0.08  # of a tile in a cluster: a block but the first
+_SHARE_US = 0.035, 0.15  # of a tile in several blocks, no cluster: a row of x, and a block
 _UNEVEN = 1.12  # where blocks do not begin with tiles: they read farther apart
+_TEAMS_ROWS = {1: (65, 128), 2: (1, 128), 4: (1, 96)}  # from, to: no faster below, no room above
+_MOST_CLUSTER = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +52,25 @@ class MidTiles:
     Attributes:
         blocks: blocks that share the work evenly.
         stages: panels of 256 k in flight in a warp.
-        x_stages: parts of x in flight in a team of 8 warps, at least 2.
+        x_stages: parts of x in flight in a team, at least 2.
         x_depth: k of a part of x: 64, 128 or 256.
+        teams: parts of a block's warps, 1, 2 or 4, that take turns in the panels of a tile of 256,
+            128 or 64 rows; but for 2, `blocks` is a multiple of the tiles.
+        cluster: the blocks of a tile, at most 8, are a cluster, and exchange sums through their
+            shared memory; `blocks` is a multiple of the tiles.
     """
 
     blocks: int = 132
     stages: int = 2
     x_stages: int = 2
     x_depth: int = 128
+    teams: int = 2
+    cluster: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of a tile."""
+        return MID_ROWS // self.teams
 
 
 def candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[DecodeTiles | MidTiles]:
@@ -100,24 +118,58 @@ def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list
 
 def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[MidTiles]:
     """Tiles, the least estimated time first."""
-    row_tiles, panels = math.ceil(n / MID_ROWS), math.ceil(k / PANEL)
-    total = row_tiles * panels
-    base, slope = _PANEL_US
+    panels = math.ceil(k / PANEL)
 
-    def even(blocks: int) -> bool:
-        """Whether all blocks begin with tiles, or all tiles with blocks."""
-        return row_tiles % blocks == 0 or blocks % row_tiles == 0
-
-    def time(blocks: int) -> float:
-        pairs = math.ceil(total / blocks / 2)  # a panel for each team
-        us = 2 * pairs * (base + slope * m) * (1 if even(blocks) else _UNEVEN) + _BLOCK_US
-        if row_tiles % blocks:
-            us += _SHARE_US[0] * m + _SHARE_US[1] * blocks / row_tiles
+    def time(tiles: MidTiles) -> float:
+        row_tiles = math.ceil(n / tiles.rows)
+        start, row, panel, panel_row = _MID_US[tiles.teams]
+        uneven = row_tiles % tiles.blocks and tiles.blocks % row_tiles
+        most = math.ceil(row_tiles * panels / tiles.blocks)  # panels of a block
+        us = start + row * m
+        us += math.ceil(most / tiles.teams) * (panel + panel_row * m) * (_UNEVEN if uneven else 1)
+        if tiles.cluster:
+            us += _CLUSTER_US * (tiles.blocks / row_tiles - 1)
+        elif row_tiles % tiles.blocks:
+            us += _SHARE_US[0] * m + _SHARE_US[1] * tiles.blocks / row_tiles
         return us
 
-    # (stages, x_stages, x_depth): a stage takes 36 KB, one of x 4 x_depth bytes for each row of x.
-    depth = 256 if m <= 32 else 128 if m <= 64 else 64
-    flights = [(2, 2, depth), (2, 3, max(64, depth // 2)), (2, 2, 64), (1, 2, 64)]
-    most = min(sms, total)
-    blocks = sorted((b for b in range(1, most + 1) if even(b) or b == most), key=time)
-    return [MidTiles(b, *flight) for flight in dict.fromkeys(flights) for b in blocks[:4]]
+    teams = [teams for teams, (first, last) in _TEAMS_ROWS.items() if first <= m <= last]
+    choices = [tiles for count in teams for tiles in _mid_blocks(n, panels, count, sms)]
+    choices.sort(key=time)
+    # Of what may not fit in shared memory, something that does.
+    choices = choices[:4] + [tiles for tiles in choices[4:] if tiles == MidTiles(tiles.blocks)][:1]
+    flights = [_flight(m, tiles.teams) for tiles in choices]
+    return list(
+        dict.fromkeys(
+            dataclasses.replace(tiles, stages=stages, x_stages=x_stages, x_depth=x_depth)
+            for at_once in zip(*flights, strict=True)
+            for tiles, (stages, x_stages, x_depth) in zip(choices, at_once, strict=True)
+        )
+    )
+
+
+def _mid_blocks(n: int, panels: int, teams: int, sms: int) -> Iterator[MidTiles]:
+    """Into how many blocks the work can be divided."""
+    row_tiles = math.ceil(n / MidTiles(teams=teams).rows)
+    most = min(sms, row_tiles * panels)
+    for blocks in range(1, most + 1):
+        even = row_tiles % blocks == 0 or blocks % row_tiles == 0
+        if blocks == row_tiles or (teams == 2 and (even or blocks == most)):
+            yield MidTiles(blocks, teams=teams)
+    for size in range(2, min(_MOST_CLUSTER, panels) + 1):
+        # Multiprocessors are in groups: of 132, 66 clusters of 2 ran at once, and some 96 / size
+        # of more, not 40 of 3 or 32 of 4.
+        if row_tiles <= (sms // 2 if size == 2 else sms * 8 // 11 // size):
+            yield MidTiles(row_tiles * size, teams=teams, cluster=True)
+
+
+def _flight(m: int, teams: int) -> list[tuple[int, int, int]]:
+    """(stages, x_stages, x_depth), the likely best first.
+
+    A stage takes 36 KB, one of x 2 x_depth bytes for each team and row of x.
+    """
+    if teams == 4 and m > 88:
+        return 4 * [(1, 2, 64)]
+    depth = 512 if m <= 32 else 256 if m <= 64 else 128
+    depth = min(256, max(64, depth // teams))
+    return [(2, 2, depth), (2, 3, max(64, depth // 2)), (2, 2, 64), (1, 2, 64)]

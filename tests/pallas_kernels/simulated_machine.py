@@ -5,6 +5,7 @@ one when it is waited for. Barriers count arrivals and bytes; a wait for a phase
 complete is an error, as is an access out of bounds. Memory starts as NaN.
 """
 
+import collections
 import math
 import threading
 
@@ -85,10 +86,14 @@ class Reference:
 
 
 class Machine:
-    """One block at a time, and the global memory."""
+    """One block at a time, and the global memory.
 
-    def __init__(self, threads):
+    `sent` is what blocks of a cluster send: by block, then by sender.
+    """
+
+    def __init__(self, threads, cluster):
         self.threads, self.block, self.globals = threads, 0, []
+        self.cluster, self.sent = cluster, collections.defaultdict(dict)
         self.local, self.changed, self.patience = threading.local(), threading.Condition(), 0
 
     @property
@@ -207,6 +212,10 @@ class Phase:
         return done()
 
 
+class AwaitsBlock(Exception):
+    """A block waits for one that has not run, or for ever."""
+
+
 class Barriers:
     """Stands for `mosaic_memory.Barriers`."""
 
@@ -250,7 +259,8 @@ class Barriers:
         address = self.address(slot)
         for thread in machine.active():
             phase, odd = machine.barriers[int(address.value[thread])], parity.value[thread]
-            assert phase.wait(odd), "waits for ever"
+            if not phase.wait(odd):
+                raise AwaitsBlock
             phase.waited = phase.completed
 
 
@@ -322,8 +332,8 @@ def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False)
 machine: Machine
 
 
-def start(threads) -> Machine:
-    """A new machine, with blocks of so many threads."""
+def start(threads, cluster) -> Machine:
+    """A new machine, with blocks of so many threads, in clusters of so many blocks."""
     global machine
-    machine = Machine(threads)
+    machine = Machine(threads, cluster)
     return machine

@@ -41,8 +41,8 @@ def run_mid(monkeypatch, problem, operands, tiles):
             sums.extend(simulated_machine.machine.allocate_global(array) for array in poison)
         return mosaic_mid._Block(None, problem, tiles, layout, refs, out, sums, scratch)
 
-    threads = mid_layout.THREADS
-    return simulate(monkeypatch, layout, tiles, layout.blocks, threads, operands, out, make)
+    work = layout.blocks, mid_layout.THREADS, operands, out, make
+    return simulate(monkeypatch, layout, tiles, *work, layout.cluster, layout.cluster)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,14 @@ def test_decode_body(monkeypatch, shape, tiles, kinds):
         ((104, 304, 352, 32), MidTiles(4, 2, 2, 64), {}),
         ((11, 270, 2560), MidTiles(7, 2, 2, 256), {}),
         ((41, 200, 1280), MidTiles(5, 2, 2, 128), {}),
+        ((50, 150, 1024), MidTiles(6, 2, 2, 64, teams=4, cluster=True), {}),
+        ((24, 72, 2304), MidTiles(8, 1, 2, 128, teams=4, cluster=True), dict(double=True)),
+        ((72, 61, 1280, 32), MidTiles(3, 2, 3, 64, teams=4, cluster=True), dict(dtype="float16")),
+        ((33, 160, 1536), MidTiles(6, 2, 2, 64, teams=4), dict(layers=2)),
+        ((100, 264, 1024), MidTiles(4, 1, 2, 64, teams=1, cluster=True), {}),
+        ((20, 300, 1536, 512), MidTiles(2, 2, 2, 256, teams=1), dict(layers=2)),
+        ((39, 136, 768), MidTiles(2, 2, 2, 128, teams=1), {}),
+        ((57, 250, 1024), MidTiles(4, 2, 3, 128, cluster=True), dict(double=True, layers=2)),
     ],
 )
 def test_mid_body(monkeypatch, shape, tiles, kinds):
@@ -90,6 +98,8 @@ def test_mid_body(monkeypatch, shape, tiles, kinds):
         (run_mid, (20, 150, 1024), MidTiles(1, 2, 3, 128), dict(layers=2), 16, (32, 118)),
         (run_mid, (33, 40, 1024), MidTiles(2, 2, 2, 64), dict(dtype="float16"), 40, (40,)),
         (run_mid, (24, 300, 1536), MidTiles(7, 2, 2, 128), {}, 16, (300,)),
+        (run_mid, (40, 72, 1024), MidTiles(4, 2, 2, 64, 4, True), {}, 40, (48, 24)),
+        (run_mid, (100, 37, 1024), MidTiles(2, 1, 2, 64, 1, True), dict(layers=2), 16, (37,)),
     ],
 )
 def test_adapter_and_residual(monkeypatch, run, shape, tiles, kinds, rank, sections):
