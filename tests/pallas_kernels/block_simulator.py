@@ -7,14 +7,12 @@ a kernel's threads have roles, each role runs by itself, and its waits last unti
 """
 
 import contextlib
-import itertools
 
 import numpy as np
 
 from pallas_kernels import mosaic, mosaic_memory
 from tests.pallas_kernels import simulated_machine as on
 from tests.pallas_kernels.simulated_machine import (
-    AwaitsBlock,
     Barriers,
     Register,
     commit_copies,
@@ -164,34 +162,15 @@ def permute(a, b, selector):
     return Register(out)
 
 
+class AwaitsBlock(Exception):
+    """A block waits for one that has not run."""
+
+
 def await_signal(address, tag):
     seen = on.machine.load(address, 8)[on.machine.mask].view(np.uint64)[:, 0]
     if (seen != tag.value[on.machine.mask]).any():
         raise AwaitsBlock
     on.machine.store(address, np.zeros(on.machine.threads, np.uint64))
-
-
-def wait_cluster():
-    """What the others send comes now, as far as they have run; what this block sends is new."""
-    machine = on.machine
-    for sent in machine.sent.values():
-        sent.pop(machine.block, None)
-    for place, barrier, data in itertools.chain(*machine.sent[machine.block].values()):
-        assert place % 16 == 0
-        machine.shared[place : place + 16] = data
-        on.change(barrier, 0, -16)
-
-
-def send_floats(address, barrier, rank, values):
-    machine = on.machine
-    block = machine.block - machine.block % machine.cluster + rank
-    assert block != machine.block or not machine.mask.any()
-    data = np.stack(values, -1).view(np.uint8)
-    messages = [
-        (int(address.value[thread]), int(barrier.value[thread]), data[thread])
-        for thread in machine.active()
-    ]
-    machine.sent[block].setdefault(machine.block, []).extend(messages)
 
 
 def float_of(data):
@@ -203,7 +182,7 @@ PRIMITIVES = {
     "Barriers": Barriers,
     "thread_index": lambda: Register(np.arange(on.machine.threads, dtype=np.uint32)),
     "block_index": lambda: Register(on.machine.block),
-    "cluster_rank": lambda: Register(on.machine.block % on.machine.cluster),
+    "cluster_rank": lambda: Register(on.machine.block % 2),
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
     "select_float": lambda c, yes, no: np.where(c, yes, no),
     "both": lambda a, b: a & b,
@@ -213,8 +192,6 @@ PRIMITIVES = {
     "loop": loop,
     "sync_block": lambda: None,
     "sync_cluster": lambda: None,
-    "arrive_cluster": lambda: None,
-    "wait_cluster": wait_cluster,
     "sync_warp": lambda: None,
     "uniform": lambda value: value,
     "shuffle": lookup_lane,
@@ -243,7 +220,6 @@ PRIMITIVES = {
     "store_floats": lambda address, values: on.machine.store_bytes(
         address, np.stack(values, -1).view(np.uint8)
     ),
-    "send_floats": send_floats,
     "load_matrices": load_matrices,
     "load_matrices_transposed": load_matrices_transposed,
     "store_matrices_transposed": store_matrices_transposed,
@@ -290,15 +266,13 @@ def allocate(value):
     )
 
 
-def simulate(
-    monkeypatch, layout, tiles, blocks, threads, operands, out, make_block, together=1, cluster=2
-):
+def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block, together=1):
     """Run `make_block(references, out, scratch).run()` for each block; gives the output array.
 
     Of `together` neighbours, each may wait for the others; those that do run once more, when all
     have come as far as they can.
     """
-    machine = on.start(threads, cluster)
+    machine = on.start(threads)
     for name, value in PRIMITIVES.items():
         module = mosaic if hasattr(mosaic, name) else mosaic_memory
         monkeypatch.setattr(module, name, value)

@@ -5,7 +5,6 @@ one when it is waited for. Barriers count arrivals and bytes; a wait for a phase
 complete is an error, as is an access out of bounds. Memory starts as NaN.
 """
 
-import collections
 import math
 import threading
 
@@ -86,14 +85,10 @@ class Reference:
 
 
 class Machine:
-    """One block at a time, and the global memory.
+    """One block at a time, and the global memory."""
 
-    `sent` is what blocks of a cluster send: by block, then by sender.
-    """
-
-    def __init__(self, threads, cluster):
+    def __init__(self, threads):
         self.threads, self.block, self.globals = threads, 0, []
-        self.cluster, self.sent = cluster, collections.defaultdict(dict)
         self.local, self.changed, self.patience = threading.local(), threading.Condition(), 0
 
     @property
@@ -212,10 +207,6 @@ class Phase:
         return done()
 
 
-class AwaitsBlock(Exception):
-    """A block waits for one that has not run, or for ever."""
-
-
 class Barriers:
     """Stands for `mosaic_memory.Barriers`."""
 
@@ -259,8 +250,7 @@ class Barriers:
         address = self.address(slot)
         for thread in machine.active():
             phase, odd = machine.barriers[int(address.value[thread])], parity.value[thread]
-            if not phase.wait(odd):
-                raise AwaitsBlock
+            assert phase.wait(odd), "waits for ever"
             phase.waited = phase.completed
 
 
@@ -332,8 +322,8 @@ def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False)
 machine: Machine
 
 
-def start(threads, cluster) -> Machine:
-    """A new machine, with blocks of so many threads, in clusters of so many blocks."""
+def start(threads) -> Machine:
+    """A new machine, with blocks of so many threads."""
     global machine
-    machine = Machine(threads, cluster)
+    machine = Machine(threads)
     return machine
