@@ -270,18 +270,6 @@ def copy_async(target: mg.Int, source: mg.Int, size: int, *, keep: bool = True) 
     mg.asm(None, [target, source], text, "r,l,~{memory}", effects=True)
 
 
-def send_floats(address: mg.Int, barrier: mg.Int, rank: int, values: Sequence[ir.Value]) -> None:
-    """Store 4 consecutive floats in another block of the cluster, counted by its barrier."""
-    text = (
-        "{ .reg .b32 there, barrier;\n"
-        f"mapa.shared::cluster.u32 there, $0, {rank};\n"
-        f"mapa.shared::cluster.u32 barrier, $1, {rank};\n"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
-        "[there], {$2, $3, $4, $5}, [barrier]; }"
-    )
-    mg.asm(None, [address, barrier, *values], text, "r,r,f,f,f,f,~{memory}", effects=True)
-
-
 def commit_copies() -> None:
     """Make a group of this thread's `copy_async` since the last group."""
     mg.asm(None, [], "cp.async.commit_group;", "~{memory}", effects=True)

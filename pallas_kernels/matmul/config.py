@@ -116,26 +116,27 @@ def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list
     return sorted(filter(fits, itertools.starmap(DecodeTiles, sizes)), key=time)
 
 
+def mid_time(tiles: MidTiles, m: int, n: int, k: int) -> float:
+    """Microseconds that `mosaic_mid` is estimated to take."""
+    row_tiles, panels = math.ceil(n / tiles.rows), math.ceil(k / PANEL)
+    start, row, panel, panel_row = _MID_US[tiles.teams]
+    uneven = row_tiles % tiles.blocks and tiles.blocks % row_tiles
+    most = math.ceil(row_tiles * panels / tiles.blocks)  # panels of a block
+    us = start + row * m
+    us += math.ceil(most / tiles.teams) * (panel + panel_row * m) * (_UNEVEN if uneven else 1)
+    if tiles.cluster:
+        us += _CLUSTER_US * (tiles.blocks / row_tiles - 1)
+    elif row_tiles % tiles.blocks:
+        us += _SHARE_US[0] * m + _SHARE_US[1] * tiles.blocks / row_tiles
+    return us
+
+
 def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[MidTiles]:
     """Tiles, the least estimated time first."""
     panels = math.ceil(k / PANEL)
-
-    def time(tiles: MidTiles) -> float:
-        row_tiles = math.ceil(n / tiles.rows)
-        start, row, panel, panel_row = _MID_US[tiles.teams]
-        uneven = row_tiles % tiles.blocks and tiles.blocks % row_tiles
-        most = math.ceil(row_tiles * panels / tiles.blocks)  # panels of a block
-        us = start + row * m
-        us += math.ceil(most / tiles.teams) * (panel + panel_row * m) * (_UNEVEN if uneven else 1)
-        if tiles.cluster:
-            us += _CLUSTER_US * (tiles.blocks / row_tiles - 1)
-        elif row_tiles % tiles.blocks:
-            us += _SHARE_US[0] * m + _SHARE_US[1] * tiles.blocks / row_tiles
-        return us
-
     teams = [teams for teams, (first, last) in _TEAMS_ROWS.items() if first <= m <= last]
     choices = [tiles for count in teams for tiles in _mid_blocks(n, panels, count, sms)]
-    choices.sort(key=time)
+    choices.sort(key=lambda tiles: mid_time(tiles, m, n, k))
     # Of what may not fit in shared memory, something that does.
     choices = choices[:4] + [tiles for tiles in choices[4:] if tiles == MidTiles(tiles.blocks)][:1]
     flights = [_flight(m, tiles.teams) for tiles in choices]

@@ -92,6 +92,7 @@ class Result:
     def exchange_blocks(self, acc: list) -> list[list]:
         """Sum what the teams of a cluster's blocks have; each block keeps some stripes."""
         count, stripes = self.layout.cluster, self.layout.own_stripes
+        all_received = self.all_received.address(mg.Int(0))
         mg.arrive_cluster()
         kept = self.exchange(acc)
         mg.wait_cluster()  # all have read their x
@@ -99,8 +100,11 @@ class Result:
             owner = i % count
             with mg.when(mg.Int(0) < (self.rank ^ owner)):
                 distance = mg.select(self.rank < owner, self.rank + count, self.rank) - owner
-                barrier = self.all_received.address(mg.Int(0))
-                mem.send_floats(self._received(i // count, distance), barrier, owner, four)
+                place, barrier = (
+                    mem.remote_address(address, mg.Int(owner))
+                    for address in (self._received(i // count, distance), all_received)
+                )
+                mem.send(place, four, barrier)
         kept += kept[:1] * (stripes * count - len(kept))  # past the end nothing is stored
         own = kept[0::count]
         for owner in range(1, count):

@@ -195,6 +195,8 @@ PRIMITIVES = {
     "loop": loop,
     "sync_block": lambda: None,
     "sync_cluster": lambda: on.machine.met.wait(on.machine.patience),
+    "arrive_cluster": lambda: None,
+    "wait_cluster": lambda: on.machine.met.wait(on.machine.patience),
     "sync_warp": lambda: None,
     "uniform": lambda value: value,
     "shuffle": lookup_lane,

@@ -42,7 +42,7 @@ def run_mid(monkeypatch, problem, operands, tiles):
         return mosaic_mid._Block(None, problem, tiles, layout, refs, out, sums, scratch)
 
     work = layout.blocks, mid_layout.THREADS, operands, out, make
-    return simulate(monkeypatch, layout, tiles, *work, layout.cluster, layout.cluster)
+    return simulate(monkeypatch, layout, tiles, *work, cluster=layout.cluster)
 
 
 @pytest.mark.parametrize(
