@@ -48,6 +48,10 @@ def selector(byte: mg.Int) -> mg.Int:
     return (byte << 4) + 0x5504
 
 
-def lookup(word: mg.Int, selector: mg.Int, table: mg.Int, lane_offset: mg.Int) -> mg.Int:
-    """The 2 codes of a byte as a pair, from a `WIDE` table; `lane_offset` is 4 lane."""
-    return mem.load_word(mg.permute(word, lane_offset, selector) + table)
+def lookup(
+    word: mg.Int, selector: mg.Int, table: mg.Int, lane_offset: mg.Int, pitch: int = WIDE
+) -> mg.Int:
+    """The 2 codes of a byte as a pair, from a table of either pitch; `lane_offset` is 4 lane."""
+    if pitch == WIDE:
+        return mem.load_word(mg.permute(word, lane_offset, selector) + table)
+    return mem.load_word((mg.permute(word, lane_offset << 1, selector) >> 1) + table)

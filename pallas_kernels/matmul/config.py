@@ -18,10 +18,10 @@ _MID_US = {
     2: (3.7, 0.006, 1.11, 0.0184),
     4: (2.6, 0.012, 1.67, 0.0154),
 }
-_CLUSTER_US = 0.08  # of a tile in a cluster: a block but the first
-_SHARE_US = 0.035, 0.15  # of a tile in several blocks, no cluster: a row of x, and a block
-_UNEVEN = 1.12  # where blocks do not begin with tiles: they read farther apart
-_TEAMS_ROWS = {1: (65, 128), 2: (1, 128), 4: (1, 96)}  # from, to: no faster below, no room above
+_CLUSTER_US = 0.16  # of a tile in a cluster: a block but the first
+_SHARE_US = 0.03, 0.2  # of a tile in several blocks, no cluster: a row of x, and a block
+_UNEVEN = 1.12, 0.25  # where blocks do not begin with tiles: a panel, and a block of a tile
+_ONE_TEAM_ROWS = 65  # no faster for fewer
 _MOST_CLUSTER = 8
 
 
@@ -120,22 +120,25 @@ def mid_time(tiles: MidTiles, m: int, n: int, k: int) -> float:
     """Microseconds that `mosaic_mid` is estimated to take."""
     row_tiles, panels = math.ceil(n / tiles.rows), math.ceil(k / PANEL)
     start, row, panel, panel_row = _MID_US[tiles.teams]
-    uneven = row_tiles % tiles.blocks and tiles.blocks % row_tiles
-    most = math.ceil(row_tiles * panels / tiles.blocks)  # panels of a block
+    shares = tiles.blocks / row_tiles  # of a tile
+    mean = panels / shares / tiles.teams  # panels of a team
+    most = math.ceil(math.ceil(panels / shares) / tiles.teams)
+    work = (panel + panel_row * m) * (7 * most + mean) / 8  # teams that wait leave more to others
     us = start + row * m
-    us += math.ceil(most / tiles.teams) * (panel + panel_row * m) * (_UNEVEN if uneven else 1)
     if tiles.cluster:
-        us += _CLUSTER_US * (tiles.blocks / row_tiles - 1)
-    elif row_tiles % tiles.blocks:
-        us += _SHARE_US[0] * m + _SHARE_US[1] * tiles.blocks / row_tiles
-    return us
+        return us + work + _CLUSTER_US * (shares - 1)
+    if row_tiles % tiles.blocks:
+        us += _SHARE_US[0] * m + _SHARE_US[1] * shares
+        if tiles.blocks % row_tiles:
+            work, us = work * _UNEVEN[0], us + _UNEVEN[1] * shares
+    return us + work
 
 
 def mid_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[MidTiles]:
     """Tiles, the least estimated time first."""
     panels = math.ceil(k / PANEL)
-    teams = [teams for teams, (first, last) in _TEAMS_ROWS.items() if first <= m <= last]
-    choices = [tiles for count in teams for tiles in _mid_blocks(n, panels, count, sms)]
+    counts = (1, 2, 4) if m >= _ONE_TEAM_ROWS else (2, 4)
+    choices = [tiles for teams in counts for tiles in _mid_blocks(n, panels, teams, sms)]
     choices.sort(key=lambda tiles: mid_time(tiles, m, n, k))
     # Of what may not fit in shared memory, something that does.
     choices = choices[:4] + [tiles for tiles in choices[4:] if tiles == MidTiles(tiles.blocks)][:1]
@@ -169,7 +172,7 @@ def _flight(m: int, teams: int) -> list[tuple[int, int, int]]:
 
     A stage takes 36 KB, one of x 2 x_depth bytes for each team and row of x.
     """
-    if teams == 4 and m > 88:
+    if teams == 4 and m > 120:
         return 4 * [(1, 2, 64)]
     depth = 512 if m <= 32 else 256 if m <= 64 else 128
     depth = min(256, max(64, depth // teams))

@@ -54,6 +54,9 @@ class Layout:
         self.columns = self.x.columns
         # With more sums in registers there is room for less of an operand.
         self.depth = 64 if self.columns <= 96 else 32  # k decoded and multiplied at once
+        # An instruction more a lookup, where x leaves no room.
+        crowded = self.teams == 4 and self.columns > 88
+        self.pitch = pair_table.PITCH if crowded else pair_table.WIDE
         self.stripe = 8 * self.teams
         self.stripes = math.ceil(self.columns / self.stripe)
         self.together = min(max(1, 16 // self.stripes), self.others)  # sums loaded at once
@@ -82,7 +85,7 @@ class Layout:
     def scratch(self, _=None) -> dict:
         """Shared memory of a block, by name."""
         scratch = self.panel.scratch() | self.x.scratch(self.received)
-        scratch["table"] = plgpu.SMEM((2 * pair_table.WORDS,), jnp.int32)
+        scratch["table"] = plgpu.SMEM((256 * self.pitch // 4,), jnp.int32)
         if not self.once:
             scratch["staging"] = plgpu.SMEM((self.staging // 4,), jnp.float32)
         if self.cluster > 1:

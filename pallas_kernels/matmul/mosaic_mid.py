@@ -128,8 +128,8 @@ class _Block:
         return a
 
     def decode(self, words: list[mg.Int], scale: mg.Int) -> list[mg.Int]:
-        lookup = functools.partial(pair_table.lookup, selector=self.own_byte, table=self.table)
-        pairs = [lookup(word, lane_offset=self.lane << 2) for word in words]
+        table = self.own_byte, self.table, self.lane << 2, self.layout.pitch
+        pairs = [pair_table.lookup(word, *table) for word in words]
         return [mg.mul_pairs(pair, scale, self.problem.dtype) for pair in pairs]
 
     def run_tile(self, tile: mg.Int) -> None:
@@ -191,7 +191,7 @@ class _Block:
             self.result.initialize()
         mg.sync_warp()
         self.copy_panel(mg.Int(0))
-        pair_table.build(self.table, code, self.problem.dtype, WARPS, pair_table.WIDE)
+        pair_table.build(self.table, code, self.problem.dtype, WARPS, self.layout.pitch)
         with mg.when(first_lane):
             for part in range(first_parts, self.tiles.x_stages):
                 self.copy_x(part)

@@ -77,6 +77,7 @@ def test_decode_body(monkeypatch, shape, tiles, kinds):
         ((50, 150, 1024), MidTiles(6, 2, 2, 64, teams=4, cluster=True), {}),
         ((24, 72, 2304), MidTiles(8, 1, 2, 128, teams=4, cluster=True), dict(double=True)),
         ((72, 61, 1280, 32), MidTiles(3, 2, 3, 64, teams=4, cluster=True), dict(dtype="float16")),
+        ((97, 72, 1024), MidTiles(4, 2, 2, 64, teams=4, cluster=True), {}),
         ((33, 160, 1536), MidTiles(6, 2, 2, 64, teams=4), dict(layers=2)),
         ((100, 264, 1024), MidTiles(4, 1, 2, 64, teams=1, cluster=True), {}),
         ((20, 300, 1536, 512), MidTiles(2, 2, 2, 256, teams=1), dict(layers=2)),
