@@ -43,6 +43,7 @@ class Layout:
         self.others = max(end - self.share_of(t * self.panels) for t, end in enumerate(ends))
         # A block with one part of one tile has by its end read what its rings hold.
         self.once = self.blocks % self.row_tiles == 0
+        # 4 teams with several tiles never ended on the GPU (NOTES.md); one team was not tried.
         if self.teams != 2 and not self.once:
             raise ValueError(
                 f"MidTiles.blocks is {self.blocks}; with {self.teams} teams it must be a multiple "
