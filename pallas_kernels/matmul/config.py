@@ -7,9 +7,8 @@ import math
 PANEL = 256  # k of 16 weight rows that a warp takes at a time
 MID_ROWS = 128  # weight rows of a block of `mosaic_mid`
 _BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
-_TILE_US = 0.1  # a tile's cost beside its bytes: barriers and the sum over warps
-_SUM_US = 1.3  # the kernel that sums slabs
-_DECODE_ROWS = 8  # up to here `mosaic_decode` alone
+_X_US = 1 / 300  # a row of a panel of x, which a block takes before it starts
+_DECODE_ROWS = 8  # up to here `mosaic_decode`, where it can
 _MOST_DECODE_ROWS = 16  # above here `mosaic_mid` alone
 # Of `mosaic_mid`, from 4096 x 14336, 14336 x 4096 and 4096 x 4096 at M = 32, 64 and 128:
 _BLOCK_US = 4.0  # a block beside its panels: launch, table, first copies, result
@@ -24,7 +23,7 @@ class DecodeTiles:
 
     Attributes:
         warps: warps of a block, a multiple of 4, that split a slab.
-        slabs: parts of K in different blocks, summed by a second kernel when there are several.
+        slabs: parts of K, at most 8, in the blocks of a cluster, which send each other their sums.
         stages: packed panels of 256 k in flight in a warp.
         shared_x: x stays in shared memory, not in registers.
         together: where a warp has one panel of a tile, all of a block ask for the next at once, at
@@ -58,14 +57,13 @@ class MidTiles:
 def candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[DecodeTiles | MidTiles]:
     """Tiles of the kernels that take M rows, the likely best first."""
     shape = m, n, k, block_size, sms
-    if m <= _DECODE_ROWS:
-        return [*decode_candidates(*shape)]
     if m > _MOST_DECODE_ROWS:
         return [*mid_candidates(*shape)]
-    both = [decode_candidates(*shape), mid_candidates(*shape)]
+    decode, mid = decode_candidates(*shape), mid_candidates(*shape)
+    if m <= _DECODE_ROWS:  # the other where K is so long that x does not fit
+        return [*decode, *mid]
     # Few panels keep few warps of `mosaic_mid` busy.
-    if k >= 4096 and n * k >= 1 << 23:
-        both.reverse()
+    both = [mid, decode] if k >= 4096 and n * k > 1 << 24 else [decode, mid]
     return [tiles for pair in itertools.zip_longest(*both) for tiles in pair if tiles is not None]
 
 
@@ -80,21 +78,22 @@ def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list
         # A group of 8 rows of x and a panel take 32 registers, of 64 K / threads that there are.
         return tiles.shared_x or math.ceil(m / 8) * steps(tiles) <= (4 if tiles.warps <= 8 else 2)
 
-    def time(tiles: DecodeTiles) -> tuple[float, int]:
+    def time(tiles: DecodeTiles) -> float:
         slab = math.ceil(panels / tiles.slabs)
         size = slab * PANEL * 16 * (0.5 + 4 / block_size)
         waves = math.ceil(row_tiles / (sms // tiles.slabs))
         idle = steps(tiles) * tiles.warps / slab - 1  # warps that wait for others
-        # Few warps have few copies in flight; x from shared memory takes longer the more there is;
-        # 4 slabs of one step were faster than 2 of two.
-        slower = 1 + idle / 4 + (16 / tiles.warps - 1) / 5
-        slower += m / 50 if tiles.shared_x else (steps(tiles) - 1) / 16
-        us = waves * (size / _BYTES_PER_US * slower + _TILE_US)
-        # Ties go to 16 warps: 4 for each scheduler.
-        return us + (_SUM_US if tiles.slabs > 1 else 0), abs(tiles.warps - 16)
+        slower = 1 + 0.75 * idle + max(0, 16 - tiles.warps * tiles.stages) / 100
+        if tiles.shared_x:  # it takes longer the more there is; slabs gain less than elsewhere
+            slower += m / 40 + (tiles.slabs - 1) / 20
+        else:
+            slower += (steps(tiles) - 1) / 40
+        return waves * size / _BYTES_PER_US * slower + slab * m * _X_US
 
-    slabs = range(1, min(panels, sms // 2) + 1)
-    sizes = itertools.product((4, 8, 12, 16), slabs, (2,), (False, True))
+    # Two blocks are neighbours on the GPU: all clusters of two run at once, not those of more.
+    slabs = (1, 2) if panels > 8 else (1,)
+    sizes = [(warps, count, 2) for warps, count in itertools.product((16, 12, 8, 4), slabs)]
+    sizes += [(8, count, stages, True) for count in slabs for stages in (3, 2)]
     return sorted(filter(fits, itertools.starmap(DecodeTiles, sizes)), key=time)
 
 

@@ -19,8 +19,9 @@ from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import PANEL, DecodeTiles
 from pallas_kernels.matmul.mosaic_panels import CHUNK, CHUNKS, ROWS, PanelLayout, TensorPanels
+from pallas_kernels.matmul.mosaic_slabs import SlabSums
 from pallas_kernels.matmul.mosaic_terms import TermLayout, Terms
-from pallas_kernels.matmul.problem import Operands, Problem, add_slabs
+from pallas_kernels.matmul.problem import Operands, Problem
 
 COLUMN = ROWS + 4  # floats between columns of a partial result: no bank conflict when it is written
 
@@ -34,7 +35,8 @@ class Layout:
         self.slab_panels = -(-self.panels // tiles.slabs)  # of the largest slab
         self.steps = -(-self.slab_panels // tiles.warps)  # panels of a warp
         self.tiles = -(-problem.n // ROWS)
-        self.groups = min(sms // tiles.slabs, self.tiles)  # blocks of a slab
+        self.groups = min(sms // tiles.slabs, self.tiles)  # clusters
+        self.together = tiles.together and self.steps == 1
         self.panel = PanelLayout(problem, tiles.warps, tiles.stages)
         self.x_row = self.steps * tiles.warps * PANEL * 2 + 16  # bytes: rows in different banks
         self.terms = TermLayout(problem, tiles)
@@ -52,6 +54,7 @@ class Layout:
                 "table": plgpu.SMEM((pair_table.WORDS,), jnp.int32),
                 "partials": plgpu.SMEM((2 * tiles.warps * self.partial,), jnp.float32),
             }
+            | (SlabSums.scratch(self.m, tiles.slabs) if tiles.slabs > 1 else {})
         )
 
 
@@ -62,19 +65,21 @@ class _Block:
         self.problem, self.tiles, self.layout = problem, tiles, layout
         self.ring = TensorPanels(context, layout.panel, refs, scratch)
         self.warp, self.lane = self.ring.warp, self.ring.lane
+        self.thread = mg.thread_index() % mg.WARPGROUP
         self.group, self.quad = self.lane >> 2, self.lane & 3
-        slab = mg.block_index() // layout.groups
-        self.first_tile = mg.block_index() % layout.groups
+        slab, self.first_tile = mg.Int(0), mg.block_index()
+        self.slabs = None
+        if tiles.slabs > 1:
+            self.slabs = SlabSums(problem.m, tiles.slabs, scratch)
+            slab, self.first_tile = self.slabs.rank, mg.block_index() // tiles.slabs
         self.count = (mg.Int(layout.tiles + layout.groups - 1) - self.first_tile) // layout.groups
         self.first_panel = slab * layout.panels // tiles.slabs
         self.slab_panels = (slab + 1) * layout.panels // tiles.slabs - self.first_panel
-        self.out = mem.global_address(out) + slab.wide() * (4 * problem.m * problem.n)
+        self.out = mem.global_address(out)
         self.x, self.codebook = mem.global_address(refs.x), mem.global_address(refs.codebook)
-        self.together = tiles.together and layout.steps == 1
         self.table = mem.shared_address(scratch["table"])
         self.partials = mem.shared_address(scratch["partials"])
-        own = refs, self.ring.layer, slab.equals(0)
-        self.terms = Terms(problem, layout.terms, *own, scratch)
+        self.terms = Terms(problem, layout.terms, refs, self.ring.layer, scratch)
         self.x_rows = mem.shared_address(scratch["x"])
 
     def unit(self, i: mg.Int, step: int) -> mg.Int:
@@ -92,7 +97,8 @@ class _Block:
     def copy_panel(self, i: mg.Int, step: int) -> None:
         """Start to copy this warp's panel of tile i."""
         if step == 0 and self.layout.terms.slot:
-            with mg.when(mg.both(self.warp.equals(0), i < self.count)):
+            exists = mg.both(self.warp.equals(0), i < self.count)
+            with mg.when(mg.both(exists, self.owns(i)) if self.slabs else exists):
                 self.terms.copy(i, self.row(i))
         slot = self.unit(i, step) % self.tiles.stages
         panel, last = (self.first_panel + p for p in (self.panel(step), self.slab_panels - 1))
@@ -105,8 +111,8 @@ class _Block:
 
     # x
 
-    def load_x(self) -> list[tuple[mg.Value, list[mg.Int]]]:
-        """Start to load the mma B fragments of this warp's panels: (where x has them, 4 words)."""
+    def load_x(self) -> list[list[mg.Int]]:
+        """Start to load the mma B fragments of this warp's panels, 4 words each."""
         parts = []
         for step in range(self.layout.steps):
             for column in range(self.layout.columns):
@@ -115,14 +121,13 @@ class _Block:
                     parts.append(self.load_8(self.group + 8 * column, k))
         return parts
 
-    def load_x_rows(self) -> list[tuple[mg.Value, list[mg.Int]]]:
+    def load_x_rows(self) -> list[list[mg.Int]]:
         """Start to load x of this slab, for `store_x_rows`: each thread its share."""
         return [self.load_8(row, k) for row, k in self.x_places()]
 
-    def store_x_rows(self, parts: list[tuple[mg.Value, list[mg.Int]]]) -> None:
-        for (row, k), (valid, words) in zip(self.x_places(), parts):
+    def store_x_rows(self, parts: list[list[mg.Int]]) -> None:
+        for (row, k), words in zip(self.x_places(), parts):
             with mg.when(row < self.problem.m):
-                words = [mg.select(valid, word, 0) for word in words]
                 mem.store_words(self.x_rows + row * self.layout.x_row + (k << 1), words)
 
     def x_places(self) -> list[tuple[mg.Int, mg.Int]]:
@@ -132,13 +137,13 @@ class _Block:
         places = [mg.thread_index() + first for first in range(0, count, threads)]
         return [(place // eights, place % eights << 3) for place in places]
 
-    def load_8(self, row: mg.Int, k: mg.Int) -> tuple[mg.Value, list[mg.Int]]:
-        """Start to load 8 elements of x, k counted from the slab's first; whether x has them."""
+    def load_8(self, row: mg.Int, k: mg.Int) -> list[mg.Int]:
+        """Start to load 8 elements of x, k counted from the slab's first; zeros past its end."""
         place = self.first_panel * PANEL + k
         valid = mg.both(row < self.problem.m, place < self.problem.k)
         valid = mg.both(valid, k < self.slab_panels * PANEL)
-        offset = mg.select(valid, row * self.problem.k + place, 0)
-        return valid, mem.load_words(self.x + (offset << 1).wide())
+        offset = row * self.problem.k + place
+        return mem.load_words_where(valid, self.x + (offset << 1).wide())
 
     def fragment(self, x: list, step: int, chunk: int, column: int) -> list[mg.Int]:
         """4 words of x for an mma: from registers, or from shared memory when `x` is empty."""
@@ -175,7 +180,7 @@ class _Block:
             if scales is None:  # late, so that the first products hide their latency
                 ring.scales.decode(raw)
                 scales = ring.scales.read(slot, 0, count)
-                if not self.together:
+                if not self.layout.together:
                     mg.sync_warp()
                     self.copy_ahead(i, step)
             for total, new in zip(acc, part):
@@ -199,27 +204,49 @@ class _Block:
                 mem.store(base + 4 * offset, value)
 
     def reduce(self, i: mg.Int) -> None:
-        """One warpgroup sums the warps' partials of tile i in order and writes the result."""
-        thread = mg.thread_index() % mg.WARPGROUP
-        count = ROWS * self.problem.m
-        for first in range(0, count, mg.WARPGROUP):
-            index = thread + first
-            row = self.row(i) + index % ROWS
-            with mg.when(mg.both(index < count, row < self.problem.n)):
-                self.reduce_one(i, index // ROWS, index % ROWS, row)
+        """By one warpgroup: sum the warps' partials of tile i; write the result, or send it."""
+        if self.slabs:
+            with mg.when(mg.both(self.owns(i), self.thread.equals(0))):
+                self.slabs.expect(i)
+        for index in self.elements():
+            with mg.when(index < ROWS * self.problem.m):
+                values = self.load_partials(i, index)
+                if self.slabs:
+                    self.slabs.send(i, index, mg.tree_sum(values))
+                else:
+                    self.write(i, index, values)
 
-    def reduce_one(self, i: mg.Int, column: mg.Int, tile_row: mg.Int, row: mg.Int) -> None:
-        stride = 4 * self.layout.partial
+    def finish(self, i: mg.Int) -> None:
+        """By one warpgroup of its owner: write the result of tile i, when all have sent."""
+        self.slabs.wait(i)
+        for index in self.elements():
+            with mg.when(index < ROWS * self.problem.m):
+                self.write(i, index, self.slabs.load(i, index))
+
+    def elements(self) -> list[mg.Int]:
+        """This thread's share of a tile of y; may lie past its end."""
+        return [self.thread + first for first in range(0, ROWS * self.problem.m, mg.WARPGROUP)]
+
+    def load_partials(self, i: mg.Int, index: mg.Int) -> list:
+        """What the warps have of an element of tile i."""
+        stride, column, tile_row = 4 * self.layout.partial, index // ROWS, index % ROWS
         base = self.partials + (i & 1) * (self.tiles.warps * stride)
         base = base + ((column * COLUMN + tile_row) << 2)
-        values = [mem.load_float(base + warp * stride) for warp in range(self.tiles.warps)]
-        place = (column * self.problem.n + row).wide()
-        dtype, whole = self.problem.dtype, self.tiles.slabs == 1
-        if whole:
-            values += self.terms.load_residual(i, column, tile_row, row)
-        value = self.terms.add(i, mg.tree_sum(values), column, tile_row, row)
-        value = mg.round_to(value, dtype if whole else jnp.float32)
-        mem.store(self.out + place * (2 if whole else 4), value)
+        return [mem.load_float(base + warp * stride) for warp in range(self.tiles.warps)]
+
+    def write(self, i: mg.Int, index: mg.Int, values: list) -> None:
+        """Write an element of tile i, of which `values` are parts, if it is in y."""
+        column, tile_row = index // ROWS, index % ROWS
+        row = self.row(i) + tile_row
+        with mg.when(row < self.problem.n):
+            values = values + self.terms.load_residual(i, column, tile_row, row)
+            value = self.terms.add(i, mg.tree_sum(values), column, tile_row, row)
+            place = (column * self.problem.n + row).wide()
+            mem.store(self.out + place * 2, mg.round_to(value, self.problem.dtype))
+
+    def owns(self, i: mg.Int) -> mg.Value:
+        """Whether this block writes tile i."""
+        return self.slabs.owner(i).equals(self.slabs.rank)
 
     def run(self) -> None:
         warps = self.tiles.warps
@@ -228,6 +255,9 @@ class _Block:
         scale_table = self.ring.scales.load_table() if self.problem.double else []
         x = self.load_x_rows() if self.tiles.shared_x else self.load_x()
         self.ring.initialize()
+        if self.slabs:
+            with mg.when(mg.thread_index().equals(0)):
+                self.slabs.initialize()
         with mg.when(self.warp.equals(0)):
             self.terms.copy_hidden()
         self.copy_panel(mg.Int(0), 0)
@@ -241,30 +271,42 @@ class _Block:
         if self.tiles.shared_x:
             self.store_x_rows(x)
             x = []
-        x = [[mg.select(valid, word, 0) for word in words] for valid, words in x]
         mg.sync_block()
+        if self.slabs:
+            mg.sync_cluster()
 
         def body(i: mg.Int, _: list) -> list:
             self.write_partial(i, self.multiply(i, x))
             mg.sync_block()
-            if self.together:
+            if self.layout.together:
                 # All at once, so that the memory sees whole rows of the tile: 1.0 us of 15.4.
                 self.copy_ahead(i, 0)
-            with mg.when((self.warp >> 2).equals(i % (warps // 4))):
+            with mg.when(self.reduces(i)):
                 self.reduce(i)
+            if self.slabs:
+                with mg.when(mg.both(mg.Int(0) < i, self.finishes(i - 1))):
+                    self.finish(i - 1)
             return []
 
         mg.loop(self.count, [], body)
+        if self.slabs:
+            with mg.when(self.finishes(self.count - 1)):
+                self.finish(self.count - 1)
+
+    def reduces(self, i: mg.Int) -> mg.Value:
+        """Whether this warpgroup sums the warps' partials of tile i."""
+        return (self.warp >> 2).equals(i % (self.tiles.warps // 4))
+
+    def finishes(self, i: mg.Int) -> mg.Value:
+        """Whether it writes tile i, of several slabs."""
+        return mg.both(self.reduces(i), self.owns(i))
 
 
 @functools.cache
 def build(problem: Problem, tiles: DecodeTiles, sms: int):
     """The kernel of a problem: a function of its `Operands` giving y [M, N]."""
     layout = Layout(problem, tiles, sms)
-    shape = (problem.m, problem.n)
-    out = jax.ShapeDtypeStruct(shape, problem.dtype)
-    if tiles.slabs > 1:
-        out = jax.ShapeDtypeStruct((tiles.slabs, *shape), jnp.float32)
+    cluster = {"cluster": (tiles.slabs,), "cluster_names": ("slab",)} if tiles.slabs > 1 else {}
 
     def qjax_matmul_decode(*refs_out_scratch):
         *refs, out, scratch = refs_out_scratch
@@ -279,17 +321,13 @@ def build(problem: Problem, tiles: DecodeTiles, sms: int):
 
     kernel = plgpu.kernel(
         qjax_matmul_decode,
-        out_type=out,
-        grid=(layout.groups * tiles.slabs,),
+        out_type=jax.ShapeDtypeStruct((problem.m, problem.n), problem.dtype),
+        grid=(layout.groups,),
         grid_names=("block",),
+        **cluster,
         num_threads=tiles.warps // 4,
         thread_name="warpgroup",
         scratch_types=[layout.scratch(tiles)],
         compiler_params=mg.COMPILER_PARAMS,
     )
-
-    def call(operands: Operands) -> jax.Array:
-        y = kernel(*operands)
-        return y if tiles.slabs == 1 else add_slabs(y, operands, problem.dtype)
-
-    return call
+    return lambda operands: kernel(*operands)

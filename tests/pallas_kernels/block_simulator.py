@@ -165,6 +165,11 @@ def permute(a, b, selector):
     return Register(out)
 
 
+def load_words_where(condition, address):
+    with when(condition):
+        return PRIMITIVES["load_words"](address)
+
+
 class AwaitsBlock(Exception):
     """A block waits for one that has not run."""
 
@@ -241,6 +246,7 @@ PRIMITIVES = {
     "load_words": lambda address: [
         Register(word) for word in on.machine.load(address, 16).view(np.uint32).T
     ],
+    "load_words_where": load_words_where,
     "load_floats": lambda address, count: (
         list(on.machine.load(address, 4 * count).view(np.float32).T)
         if count <= 4
