@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.matmul import mid_layout, mosaic_decode, mosaic_mid, tuned
+from pallas_kernels.matmul import decode_layout, mid_layout, mosaic_decode, mosaic_mid, tuned
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 from pallas_kernels.matmul.config import candidates as estimated
 from pallas_kernels.matmul.problem import Operands, Problem, describe
@@ -104,7 +104,7 @@ def _choices(problem: Problem, kind: str, sms: int) -> Iterator[DecodeTiles | Mi
 
 def _fits(problem: Problem, tiles: DecodeTiles | MidTiles, sms: int) -> bool:
     if isinstance(tiles, DecodeTiles):
-        scratch = mosaic_decode.Layout(problem, tiles, sms).scratch(tiles)
+        scratch = decode_layout.Layout(problem, tiles, sms).scratch(tiles)
     else:
         scratch = mid_layout.Layout(problem, tiles).scratch(tiles)
     return mosaic.shared_bytes(scratch) <= mosaic.SHARED_BYTES

@@ -200,6 +200,8 @@ PRIMITIVES = {
     "loop": loop,
     "sync_block": lambda: None,
     "sync_cluster": lambda: on.machine.met.wait(on.machine.patience),
+    "arrive_at_cluster": lambda: None,
+    "await_cluster": lambda: on.machine.met.wait(on.machine.patience),
     "sync_warp": lambda: None,
     "uniform": lambda value: value,
     "shuffle": lookup_lane,

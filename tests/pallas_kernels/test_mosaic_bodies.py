@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.matmul import mid_layout, mosaic_decode, mosaic_mid
+from pallas_kernels.matmul import decode_layout, mid_layout, mosaic_decode, mosaic_mid
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 from pallas_kernels.matmul.problem import describe
 from tests.pallas_kernels import simulated_machine
@@ -18,13 +18,13 @@ SMS = 4  # few, so that a block has several tiles
 
 
 def run_decode(monkeypatch, problem, operands, tiles):
-    layout = mosaic_decode.Layout(problem, tiles, max(SMS, 2 * tiles.slabs))
+    layout = decode_layout.Layout(problem, tiles, max(SMS, 2 * tiles.slabs))
     out = np.full((problem.m, problem.n), np.nan, jnp.dtype(problem.dtype))
 
     def make(refs, out, scratch):
         return mosaic_decode._Block(None, problem, tiles, layout, refs, out, scratch)
 
-    blocks, threads = layout.groups * tiles.slabs, 32 * tiles.warps
+    blocks, threads = layout.clusters * tiles.slabs, 32 * tiles.warps
     run = monkeypatch, layout, tiles, blocks, threads, operands, out, make
     return simulate(*run, cluster=tiles.slabs)
 
