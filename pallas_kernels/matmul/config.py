@@ -8,6 +8,8 @@ PANEL = 256  # k of 16 weight rows that a warp takes at a time
 MID_ROWS = 128  # weight rows of a block of `mosaic_mid`
 _BYTES_PER_US = 22_700  # of one SM when all of them stream: 3.0 TB/s over 132
 _X_US = 1 / 300  # a row of a panel of x, which a block takes before it starts
+_DOUBLE_US = 1.4  # a tile's double-quantized scales, times the warps that decode them
+_CLUSTER_US = 0.03  # what slabs cost
 _DECODE_ROWS = 8  # up to here `mosaic_decode`, where it can
 _MOST_DECODE_ROWS = 16  # above here `mosaic_mid` alone
 # Of `mosaic_mid`, from 4096 x 14336, 14336 x 4096 and 4096 x 4096 at M = 32, 64 and 128:
@@ -54,20 +56,25 @@ class MidTiles:
     x_depth: int = 128
 
 
-def candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[DecodeTiles | MidTiles]:
+def candidates(
+    m: int, n: int, k: int, block_size: int, sms: int, double: bool = False
+) -> list[DecodeTiles | MidTiles]:
     """Tiles of the kernels that take M rows, the likely best first."""
     shape = m, n, k, block_size, sms
     if m > _MOST_DECODE_ROWS:
         return [*mid_candidates(*shape)]
-    decode, mid = decode_candidates(*shape), mid_candidates(*shape)
+    decode, mid = decode_candidates(*shape, double), mid_candidates(*shape)
     if m <= _DECODE_ROWS:  # the other where K is so long that x does not fit
         return [*decode, *mid]
     # Few panels keep few warps of `mosaic_mid` busy.
-    both = [mid, decode] if k >= 4096 and n * k > 1 << 24 else [decode, mid]
+    large = k >= 4096 and n * k >= (1 << 23 if double else 3 << 24)
+    both = [mid, decode] if large else [decode, mid]
     return [tiles for pair in itertools.zip_longest(*both) for tiles in pair if tiles is not None]
 
 
-def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list[DecodeTiles]:
+def decode_candidates(
+    m: int, n: int, k: int, block_size: int, sms: int, double: bool = False
+) -> list[DecodeTiles]:
     """Tiles whose fragments of x fit in registers or stay out of them, the least time first."""
     panels, row_tiles = math.ceil(k / PANEL), math.ceil(n / 16)
 
@@ -85,10 +92,13 @@ def decode_candidates(m: int, n: int, k: int, block_size: int, sms: int) -> list
         idle = steps(tiles) * tiles.warps / slab - 1  # warps that wait for others
         slower = 1 + 0.75 * idle + max(0, 16 - tiles.warps * tiles.stages) / 100
         if tiles.shared_x:  # it takes longer the more there is; slabs gain less than elsewhere
-            slower += m / 40 + (tiles.slabs - 1) / 20
+            slower += 0.01 + m / 40 + (tiles.slabs - 1) / 20
         else:
             slower += (steps(tiles) - 1) / 40
-        return waves * size / _BYTES_PER_US * slower + slab * m * _X_US
+        us = waves * size / _BYTES_PER_US * slower + slab * m * _X_US
+        if double:  # few warps wait longer while their scales are decoded
+            us += waves * _DOUBLE_US / tiles.warps
+        return us + (_CLUSTER_US if tiles.slabs > 1 else 0)
 
     # Two blocks are neighbours on the GPU: all clusters of two run at once, not those of more.
     slabs = (1, 2) if panels > 8 else (1,)

@@ -25,6 +25,9 @@ class Layout:
         self.together = tiles.together and self.steps == 1
         self.tiles = -(-problem.n // ROWS)
         self.clusters = min(sms // self.slabs, self.tiles)
+        # Whether to ask for x before packed bytes: these keep it waiting where there are many of
+        # them, and wait for it where it is much (`benchmarks/NOTES.md`, step 13).
+        self.x_first = self.steps == 1 and self.clusters < self.tiles
         self.panel = PanelLayout(problem, tiles.warps, tiles.stages)
         self.x_row = self.steps * tiles.warps * PANEL * 2 + 16  # bytes: rows in different banks
         self.slab = SlabLayout(problem.m, self.slabs)

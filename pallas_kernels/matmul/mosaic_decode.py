@@ -104,12 +104,13 @@ class _Block:
         # Memory answers in order: what is needed first must be asked for first.
         code = pair_table.load_code(self.codebook)
         scale_table = self.ring.scales.load_table() if self.problem.double else []
-        x = self.x.load()
+        x = self.x.load() if self.layout.x_first else []
         self.ring.initialize()
         self.result.initialize()
         with mg.when(self.warp.equals(0)):
             self.terms.copy_hidden()
         self.copy_panel(mg.Int(0), 0)
+        x = x or self.x.load()
         pair_table.build(self.table, code, self.problem.dtype, self.tiles.warps)
         for unit in range(1, self.tiles.stages):  # when all warps have asked for their first
             i, step = divmod(unit, self.layout.steps)

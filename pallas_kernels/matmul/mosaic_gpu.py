@@ -98,7 +98,10 @@ def candidates(problem: Problem) -> list[DecodeTiles | MidTiles]:
 
 def _choices(problem: Problem, kind: str, sms: int) -> Iterator[DecodeTiles | MidTiles]:
     shape = problem.m, problem.n, problem.k
-    tiles = [tuned.lookup(kind, *shape), *estimated(*shape, problem.block_size, sms)]
+    tiles = [
+        tuned.lookup(kind, *shape),
+        *estimated(*shape, problem.block_size, sms, problem.double),
+    ]
     return (t for t in tiles if t is not None and _fits(problem, t, sms))
 
 

@@ -15,21 +15,16 @@ _H100 = {
     (32, 14336, 4096): MidTiles(112, 2, 2, 256),
     (64, 14336, 4096): MidTiles(112, 2, 2, 128),
     (128, 14336, 4096): MidTiles(112, 2, 2, 64),
-    (1, 4096, 4096): DecodeTiles(8, 2, 2),
-    (4, 4096, 4096): DecodeTiles(8, 2, 2),
-    (8, 4096, 4096): DecodeTiles(8, 2, 2),
-    (16, 4096, 4096): DecodeTiles(8, 2, 2),
     (32, 4096, 4096): MidTiles(128, 2, 2, 256),
     (64, 4096, 4096): MidTiles(128, 2, 2, 128),
     (128, 4096, 4096): MidTiles(128, 2, 2, 64),
     (1, 4096, 14336): DecodeTiles(8, 1, 3, shared_x=True),
     (4, 4096, 14336): DecodeTiles(8, 1, 3, shared_x=True),
-    (8, 4096, 14336): DecodeTiles(16, 2, 2),
     (16, 4096, 14336): MidTiles(128, 2, 2, 256),
     (32, 4096, 14336): MidTiles(128, 2, 2, 256),
     (64, 4096, 14336): MidTiles(128, 2, 2, 128),
     (128, 4096, 14336): MidTiles(132, 2, 2, 64),
-    (16, 11008, 4096): DecodeTiles(16, 1, 2),
+    (4, 8192, 28672): DecodeTiles(8, 2, 3, shared_x=True),
 }
 
 TABLE: dict[str, dict[tuple[int, int, int], DecodeTiles | MidTiles]] = {
