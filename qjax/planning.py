@@ -14,7 +14,7 @@ _GIB = 2**30
 _BITS = 4 + 8 / 64 + 32 / (64 * 256)  # of a parameter: NF4, block 64, doubly quantized scales
 _HALF = 2  # bytes of a bfloat16
 # Arrays of a block's backward pass that live at once, counted in arrays of that kind.
-_GATE_UP, _QKV, _STREAM = 5, 1.5, 5
+_GATE_UP, _QKV, _STREAM = 4, 1, 4
 _MOMENTS = {"adamw": 8, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of a parameter
 # Hidden, MLP, layers, heads, key-value heads, head width, vocabulary; tied embeddings.
 _KNOWN = {

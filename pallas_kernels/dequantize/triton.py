@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.reach import out_of_reach
 from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_scales import layer_index, operands
 
 TILE = 2048  # bytes a program; 1024 to 4096 are within 2 % of each other on an H100
-MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 
 
 def dequantize(packed, scales, codebook, *, block_size, dtype, layer=None, interpret=False):
@@ -35,8 +35,8 @@ def dequantize(packed, scales, codebook, *, block_size, dtype, layer=None, inter
 
 def unsupported(packed, scales, codebook, *, block_size, dtype, layer=None) -> str | None:
     """Why these arguments cannot run, or None."""
-    if packed.size >= MAX_ELEMENTS:
-        return f"packed has {packed.size} bytes, and Triton's 32-bit offsets stop at {MAX_ELEMENTS}"
+    if why := out_of_reach("packed", packed.size, 1):
+        return why
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"dtype is {jnp.dtype(dtype)}; the kernel writes bfloat16, float16 and float32"
     return None

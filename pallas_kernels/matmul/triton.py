@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.reach import out_of_reach
 from pallas_kernels.triton_call import triton_call
 from pallas_kernels.triton_scales import layer_index, operands
 
@@ -21,7 +22,6 @@ MAX_ROWS = 4  # each row of x costs a multiply-add a weight
 FAST_ROWS = 2
 ROWS = 4
 STEP = 2048
-MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 
 
 def matmul(
@@ -56,8 +56,8 @@ def unsupported(
         return f"x is {x.dtype}; the kernel multiplies bfloat16, float16 and float32"
     if block_size & (block_size - 1):
         return f"block_size is {block_size}; the kernel needs a power of two"
-    if packed.size >= MAX_ELEMENTS:
-        return f"packed has {packed.size} bytes, and Triton's 32-bit offsets stop at {MAX_ELEMENTS}"
+    if why := out_of_reach("packed", packed.size, 1):
+        return why
     return None
 
 

@@ -23,7 +23,6 @@ MAX_COLUMNS = 32768  # of 16 warps, 64 a thread
 PROGRAMS = {"plain": 528, "rms_norm": 528, "silu_gate": 132}
 FEW_PROGRAMS, ELEMENTS = 132, (256, 1024)  # of a row for a warp, where programs are few and many
 MAX_SHARE, AHEAD = 16, 4  # rows of A of a program, and those of them that are loaded at a time
-MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 
 
 def prepare_input(x, a, scale, *, kind, epsilon, offset, factor, layer=None, interpret=False):
@@ -68,8 +67,6 @@ def unsupported(x, a, scale, *, kind, epsilon, offset, factor, layer=None) -> st
             continue
         if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             return f"{name} is {array.dtype}; the kernel reads bfloat16, float16 and float32"
-        if array.size >= MAX_ELEMENTS:
-            return f"{name} has {array.size} elements, and Triton's offsets are 32 bits"
     return None
 
 

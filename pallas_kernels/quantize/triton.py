@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.quantize.reference import SMALLEST_SCALE, decision_bounds
+from pallas_kernels.reach import out_of_reach
 from pallas_kernels.triton_call import triton_call
 
 TILE = 4096  # weights a program
-MAX_ELEMENTS = 2**31  # Triton offsets are 32 bits
 _BINS_PER_UNIT = tuple(2**i for i in range(3, 12))
 _INFINITY = 0x7F800000  # its bits; those of NaN are larger
 _ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves the rounded value in the low bits
@@ -46,8 +46,8 @@ def quantize(w, codebook, *, block_size, interpret=False):
 
 def unsupported(w, codebook, *, block_size) -> str | None:
     """Why these arguments cannot run, or None."""
-    if w.size >= MAX_ELEMENTS:
-        return f"w has {w.size} weights, and Triton's 32-bit offsets stop at {MAX_ELEMENTS}"
+    if why := out_of_reach("packed", w.size // 2, 1):
+        return why
     if w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"w is {w.dtype}; the kernel reads bfloat16, float16 and float32"
     if block_size & (block_size - 1):

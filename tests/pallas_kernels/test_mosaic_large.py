@@ -242,17 +242,23 @@ def test_estimated_times_are_near_the_measured_ones_and_choose_the_fastest():
 
 
 @pytest.mark.parametrize(
-    "m, module", [(256, "mosaic_large"), (8192, "mosaic_large"), (16384, "decoded")]
+    "m, n, transpose, module",
+    [
+        (256, 14336, False, "mosaic_large"),  # 46 us, decoded 110
+        (16384, 14336, False, "mosaic_large"),  # a step of training: 1207 ms, decoded 1245
+        (8192, 1024, True, "decoded"),
+    ],
 )
-def test_dispatch_takes_the_faster_of_fused_and_decoded(m, module):
+def test_dispatch_takes_the_faster_of_fused_and_decoded(m, n, transpose, module):
     shape = jax.ShapeDtypeStruct
-    x, packed = shape((m, 4096), jnp.bfloat16), shape((14336, 2048), jnp.uint8)
-    scales, codebook = shape((14336, 64), jnp.float32), shape((16,), jnp.float32)
+    x, packed = shape((m, n if transpose else 4096), jnp.bfloat16), shape((n, 2048), jnp.uint8)
+    scales, codebook = shape((n, 64), jnp.float32), shape((16,), jnp.float32)
     with jax.sharding.use_abstract_mesh(
         jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
     ):
-        choice = dispatch.resolve("matmul", None, x, packed, scales, codebook, block_size=64)
-    # On an H100, fused and decoded: 46 and 110 us, 1222 and 1238; twice that and 2410.
+        choice = dispatch.resolve(
+            "matmul", None, x, packed, scales, codebook, block_size=64, transpose=transpose
+        )
     assert choice.backend.module.endswith(module)
 
 

@@ -78,6 +78,34 @@ def test_a_codebook_too_fine_for_bins_is_refused():
     assert "closer than the kernel's finest bins" in why
 
 
+# Layers of 2**27 bytes. Pallas counts in 32 bits, signed, up to 2**32 bytes: not all of 17 layers.
+BIG = 4096, 2**16
+
+
+@pytest.mark.parametrize("layers, reached", [(16, True), (17, False), (32, False), (33, True)])
+def test_stacks_that_offsets_do_not_reach(layers, reached):
+    n, k = BIG
+    packed = jax.ShapeDtypeStruct((layers, n, k // 2), jnp.uint8)
+    scales = jax.ShapeDtypeStruct((layers, n, k // 64), jnp.float32)
+    how = dict(block_size=64, dtype=jnp.bfloat16)
+    why = dequantize_triton.unsupported(packed, scales, NF4, **how, layer=1)
+    assert (why is None) == reached
+    assert reached or f"packed has {layers * n * k // 2} elements" in why
+    # Under vmap each slice is small, but the kernel would see the stack.
+    decode = jax.vmap(functools.partial(dequantize, **how), in_axes=(0, 0, None))
+    assert ("scan" in str(jax.make_jaxpr(decode)(packed, scales, NF4))) != reached
+
+
+def test_vmap_of_dequantize_decodes_each_slice_also_when_nested():
+    packed, scales = weight(13, 320, 64, double=True, layers=2)
+    table = jnp.asarray(NF4)
+    decode = functools.partial(dequantize, block_size=64, dtype=jnp.float32)
+    want = jnp.stack([decode(packed, scales, table, layer=i) for i in range(2)])
+    axes = 0, scales._replace(codes=0, absmax=0, offset=0, table=None), None
+    got = jax.vmap(jax.vmap(decode, axes), (0, None, None))(packed[None], scales, table)
+    np.testing.assert_array_equal(got[0], want)
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("layer", [None, 1])
 def test_every_kernel_lowers_for_cuda_under_its_name(double, layer):
@@ -129,3 +157,19 @@ def test_gpu_matmul_agrees_with_float64(n, k, block, double, m, dtype):
     error = np.linalg.norm(np.asarray(y).astype(np.float64) - want) / np.linalg.norm(want)
     # The weight and the result are rounded to x's dtype, half a unit in the last place each.
     assert error < {"bfloat16": 2**-8, "float16": 2**-11, "float32": 1e-5}[jnp.dtype(dtype).name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [17, 33])
+def test_gpu_dequantize_reaches_the_last_layer_of_a_large_stack(layers):
+    n, k = BIG
+    packed = jnp.zeros((layers, n, k // 2), jnp.uint8).at[-1].set(0x1F)
+    scales = jnp.ones((layers, n, k // 64))
+    decode = functools.partial(dequantize, block_size=64, dtype=jnp.bfloat16)
+    want = jnp.asarray(NF4, jnp.bfloat16)[jnp.array([1, 15])]
+    last = decode(packed, scales, jnp.asarray(NF4), layer=layers - 1)
+    assert (last.reshape(-1, 2) == want).all()
+    if layers == 17:
+        every = jax.vmap(decode, in_axes=(0, 0, None))(packed, scales, jnp.asarray(NF4))
+        assert (every[:-1] == NF4[0]).all()
+        assert (every[-1].reshape(-1, 2) == want).all()
