@@ -153,21 +153,21 @@ def sync_block() -> None:
 
 
 def sync_cluster() -> None:
-    """Wait for all threads of the cluster, to initialize barriers or before leaving."""
-    arrive_cluster()
-    wait_cluster()
+    """Wait for all threads of the cluster, to initialize barriers or before leaving.
 
-
-def arrive_cluster() -> None:
-    """Tell the cluster that this thread has come here; `wait_cluster` must follow.
-
-    It orders nothing: a release would wait for every store in flight.
+    It orders nothing else: a release would wait for every store in flight.
     """
+    arrive_at_cluster()
+    await_cluster()
+
+
+def arrive_at_cluster() -> None:
+    """By all threads of the cluster: the first half of `sync_cluster`."""
     asm(None, [], "barrier.cluster.arrive.relaxed;", "~{memory}", effects=True)
 
 
-def wait_cluster() -> None:
-    """Wait until all threads of the cluster have arrived."""
+def await_cluster() -> None:
+    """By all threads of the cluster: the second half of `sync_cluster`."""
     asm(None, [], "barrier.cluster.wait;", "~{memory}", effects=True)
 
 

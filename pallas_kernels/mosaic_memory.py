@@ -78,6 +78,22 @@ def load_words(address: mg.Int) -> list[mg.Int]:
     return [mg.Int(llvm.extractelement(vector, mg.Int(i).value)) for i in range(4)]
 
 
+def load_words_where(condition: ir.Value, address: mg.Int) -> list[mg.Int]:
+    """Load 4 consecutive global words that nobody writes, 16-byte aligned; elsewhere zeros.
+
+    A load and nothing else, so that the first use waits for it and not a choice between the two.
+    """
+    text = (
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0;\n"
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
+        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    )
+    result = llvm.StructType.get_literal([i32()] * 4)
+    operands = [address, arith.extui(i32(), condition)]
+    out = mg.asm(result, operands, text, "=&r,=&r,=&r,=&r,l,r", effects=True)
+    return [mg.Int(llvm.extractvalue(i32(), out, [i])) for i in range(4)]
+
+
 def load_byte(address: mg.Int) -> mg.Int:
     """Load a byte."""
     byte = llvm.load(ir.IntegerType.get_signless(8), _pointer(address), alignment=1)

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_table as pair_table
-from pallas_kernels.matmul.config import PANEL, MidTiles
+from pallas_kernels.matmul.config import MOST_CLUSTER, PANEL, MidTiles
 from pallas_kernels.matmul.mosaic_panels import PANEL_BYTES, ROWS, PanelLayout
 from pallas_kernels.matmul.mosaic_x import XLayout
 from pallas_kernels.matmul.problem import Problem
@@ -17,7 +17,6 @@ WARPS = 16
 THREADS = WARPS * mg.WARP
 SUMS = 16 * THREADS  # bytes of 4 sums of each thread: of a stripe
 PACKED = WARPS * ROWS * PANEL_BYTES  # bytes of a stage of packed panels
-MOST_CLUSTER = 8  # blocks that any device takes (CUDA C++ Programming Guide)
 
 
 class Layout:

@@ -93,9 +93,9 @@ class Result:
         """Sum what the teams of a cluster's blocks have; each block keeps some stripes."""
         count, stripes = self.layout.cluster, self.layout.own_stripes
         all_received = self.all_received.address(mg.Int(0))
-        mg.arrive_cluster()
+        mg.arrive_at_cluster()
         kept = self.exchange(acc)
-        mg.wait_cluster()  # all have read their x
+        mg.await_cluster()  # all have read their x
         for i, four in enumerate(kept):
             owner = i % count
             with mg.when(mg.Int(0) < (self.rank ^ owner)):

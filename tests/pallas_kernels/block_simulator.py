@@ -165,6 +165,11 @@ def permute(a, b, selector):
     return Register(out)
 
 
+def load_words_where(condition, address):
+    with when(condition):
+        return PRIMITIVES["load_words"](address)
+
+
 class AwaitsBlock(Exception):
     """A block waits for one that has not run."""
 
@@ -195,8 +200,8 @@ PRIMITIVES = {
     "loop": loop,
     "sync_block": lambda: None,
     "sync_cluster": lambda: on.machine.met.wait(on.machine.patience),
-    "arrive_cluster": lambda: None,
-    "wait_cluster": lambda: on.machine.met.wait(on.machine.patience),
+    "arrive_at_cluster": lambda: None,
+    "await_cluster": lambda: on.machine.met.wait(on.machine.patience),
     "sync_warp": lambda: None,
     "uniform": lambda value: value,
     "shuffle": lookup_lane,
@@ -243,6 +248,7 @@ PRIMITIVES = {
     "load_words": lambda address: [
         Register(word) for word in on.machine.load(address, 16).view(np.uint32).T
     ],
+    "load_words_where": load_words_where,
     "load_floats": lambda address, count: (
         list(on.machine.load(address, 4 * count).view(np.float32).T)
         if count <= 4
