@@ -157,8 +157,18 @@ def sync_cluster() -> None:
 
     It orders nothing else: a release would wait for every store in flight.
     """
-    text = "barrier.cluster.arrive.relaxed; barrier.cluster.wait;"
-    asm(None, [], text, "~{memory}", effects=True)
+    arrive_at_cluster()
+    await_cluster()
+
+
+def arrive_at_cluster() -> None:
+    """By all threads of the cluster: the first half of `sync_cluster`."""
+    asm(None, [], "barrier.cluster.arrive.relaxed;", "~{memory}", effects=True)
+
+
+def await_cluster() -> None:
+    """By all threads of the cluster: the second half of `sync_cluster`."""
+    asm(None, [], "barrier.cluster.wait;", "~{memory}", effects=True)
 
 
 def sync_threads(barrier: Int, count: int) -> None:

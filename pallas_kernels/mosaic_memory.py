@@ -1,6 +1,7 @@
 """Memory in the Mosaic GPU kernels: loads and stores, asynchronous copies and their barriers.
 
-A 32-bit address is in the window of shared memory, a 64-bit one is global.
+A 32-bit address is in the window of shared memory, a 64-bit one is global. Of another block of the
+cluster, `remote_address` gives what `send` takes, and nothing else.
 """
 
 from collections.abc import Sequence
@@ -75,6 +76,22 @@ def load_words(address: mg.Int) -> list[mg.Int]:
     """Load 4 consecutive words, 16-byte aligned."""
     vector = llvm.load(ir.VectorType.get((4,), i32()), _pointer(address), alignment=16)
     return [mg.Int(llvm.extractelement(vector, mg.Int(i).value)) for i in range(4)]
+
+
+def load_words_where(condition: ir.Value, address: mg.Int) -> list[mg.Int]:
+    """Load 4 consecutive global words that nobody writes, 16-byte aligned; elsewhere zeros.
+
+    A load and nothing else, so that the first use waits for it and not a choice between the two.
+    """
+    text = (
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0;\n"
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
+        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+    )
+    result = llvm.StructType.get_literal([i32()] * 4)
+    operands = [address, arith.extui(i32(), condition)]
+    out = mg.asm(result, operands, text, "=&r,=&r,=&r,=&r,l,r", effects=True)
+    return [mg.Int(llvm.extractvalue(i32(), out, [i])) for i in range(4)]
 
 
 def load_byte(address: mg.Int) -> mg.Int:
@@ -231,6 +248,26 @@ class Barriers:
             "@!done bra again; }"
         )
         mg.asm(None, [self.address(slot), parity], text, "r,r,~{memory}", effects=True)
+
+
+def remote_address(address: mg.Int, rank: mg.Int) -> mg.Int:
+    """What lies at this block's shared `address`, in the block of that rank of the cluster."""
+    text = "mapa.shared::cluster.u32 $0, $1, $2;"
+    return mg.Int(mg.asm(i32(), [address, rank], text, "=r,r,r"))
+
+
+def send(address: mg.Int, values: Sequence[ir.Value], barrier: mg.Int) -> None:
+    """Store 1, 2 or 4 floats, aligned, at a remote address, whose block's barrier counts the bytes.
+
+    Who waits for the barrier sees them; both addresses are remote ones of the same block.
+    """
+    vector = {1: "", 2: ".v2", 4: ".v4"}[len(values)]
+    registers = ", ".join(f"${i + 2}" for i in range(len(values)))
+    registers = f"{{{registers}}}" if vector else registers
+    text = f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.f32"
+    text += f" [$0], {registers}, [$1];"
+    constraints = ",".join(["r", "r", *["f"] * len(values), "~{memory}"])
+    mg.asm(None, [address, barrier, *values], text, constraints, effects=True)
 
 
 def copy_bulk(target: mg.Int, source: mg.Int, size: mg.Int, barrier: mg.Int) -> None:

@@ -6,6 +6,8 @@ table takes 32 KB. At `WIDE` it takes 64 KB, every other 128 bytes of which are 
 is one permutation.
 """
 
+import contextlib
+
 import jax
 from jax.extend.mlir import ir
 
@@ -26,15 +28,12 @@ def build(
 ) -> None:
     """By the first `warps` of the block, which the caller synchronizes: fill the table."""
     warp, lane = mg.warp_and_lane(mg.thread_index())
-    for first in range(0, 256, warps):
-        entry = warp + first
-        pair = mg.pack_pair(mg.shuffle(code, entry >> 4), mg.shuffle(code, entry & 15), dtype)
-        target = table + entry * pitch + (lane << 2)
-        if first + warps <= 256:
-            mem.store(target, pair)
-        else:
-            with mg.when(entry < 256):
-                mem.store(target, pair)
+    for first in range(0, 256, 4 * warps):  # 4 entries a warp, 16 bytes a lane
+        entry = (warp << 2) + (lane >> 3) + first
+        pair = mg.pack_pair(mg.shuffle(code, entry >> 4 & 15), mg.shuffle(code, entry & 15), dtype)
+        target = table + entry * pitch + ((lane & 7) << 4)
+        with mg.when(entry < 256) if first + 4 * warps > 256 else contextlib.nullcontext():
+            mem.store_words(target, [pair] * 4)
 
 
 def decode_word(word: mg.Int, table: mg.Int, lane_offset: mg.Int) -> list[mg.Int]:
@@ -48,6 +47,10 @@ def selector(byte: mg.Int) -> mg.Int:
     return (byte << 4) + 0x5504
 
 
-def lookup(word: mg.Int, selector: mg.Int, table: mg.Int, lane_offset: mg.Int) -> mg.Int:
-    """The 2 codes of a byte as a pair, from a `WIDE` table; `lane_offset` is 4 lane."""
-    return mem.load_word(mg.permute(word, lane_offset, selector) + table)
+def lookup(
+    word: mg.Int, selector: mg.Int, table: mg.Int, lane_offset: mg.Int, pitch: int = WIDE
+) -> mg.Int:
+    """The 2 codes of a byte as a pair, from a table of either pitch; `lane_offset` is 4 lane."""
+    if pitch == WIDE:
+        return mem.load_word(mg.permute(word, lane_offset, selector) + table)
+    return mem.load_word((mg.permute(word, lane_offset << 1, selector) >> 1) + table)

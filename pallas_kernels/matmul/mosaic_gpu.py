@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic
-from pallas_kernels.matmul import mid_layout, mosaic_decode, mosaic_mid, tuned
+from pallas_kernels.matmul import decode_layout, mid_layout, mosaic_decode, mosaic_mid, tuned
 from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 from pallas_kernels.matmul.config import candidates as estimated
 from pallas_kernels.matmul.problem import Operands, Problem, describe
@@ -98,13 +98,16 @@ def candidates(problem: Problem) -> list[DecodeTiles | MidTiles]:
 
 def _choices(problem: Problem, kind: str, sms: int) -> Iterator[DecodeTiles | MidTiles]:
     shape = problem.m, problem.n, problem.k
-    tiles = [tuned.lookup(kind, *shape), *estimated(*shape, problem.block_size, sms)]
+    tiles = [
+        tuned.lookup(kind, *shape),
+        *estimated(*shape, problem.block_size, sms, problem.double),
+    ]
     return (t for t in tiles if t is not None and _fits(problem, t, sms))
 
 
 def _fits(problem: Problem, tiles: DecodeTiles | MidTiles, sms: int) -> bool:
     if isinstance(tiles, DecodeTiles):
-        scratch = mosaic_decode.Layout(problem, tiles, sms).scratch(tiles)
+        scratch = decode_layout.Layout(problem, tiles, sms).scratch(tiles)
     else:
         scratch = mid_layout.Layout(problem, tiles).scratch(tiles)
     return mosaic.shared_bytes(scratch) <= mosaic.SHARED_BYTES

@@ -1,15 +1,17 @@
 """Hopper matmul for small batches, M <= 128: y^T = W x^T, W decoded into registers.
 
-A tile is 128 weight rows; its work is counted in panels of 256 k. The blocks share all panels
-evenly: a share may start or end inside a tile. The block with the start of a tile adds the sums of
-the others, in order, through device memory. It waits only for blocks of lower numbers, which the
-GPU starts earlier.
+A tile is 64, 128 or 256 weight rows; its work is counted in panels of 256 k. The blocks share all
+panels evenly: a share may start or end inside a tile. Where whole blocks share a tile they can be a
+cluster, and exchange sums through their shared memory. Else the block with the start of a tile adds
+the sums of the others, in order, through device memory. It waits only for blocks of lower numbers,
+which the GPU starts earlier.
 
-Two warpgroups of a block, a team, take 64 rows each, two more the same rows: the teams take turns
-in the panels. A warpgroup decodes part of a panel into the registers of wgmma's left operand,
-multiplied by the scales in x's dtype, while the part before is multiplied. A lane q of a quad needs
-byte q of each packed word; it loads the words whole, and looks up that byte of each. x is the right
-operand, in its natural order, in a ring of parts for each team.
+The 4 warpgroups of a block take 64 rows each. They are 4, 2 or 1 teams: those of a team have
+different rows, the teams the same rows, and take turns in the panels. A warpgroup decodes part of a
+panel into the registers of wgmma's left operand, multiplied by the scales in x's dtype, while the
+part before is multiplied. A lane q of a quad needs byte q of each packed word; it loads the words
+whole, and looks up that byte of each. x is the right operand, in its natural order, in a ring of
+parts for each team.
 """
 
 import functools
@@ -21,13 +23,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
 from pallas_kernels import mosaic_table as pair_table
-from pallas_kernels.matmul.config import MID_ROWS as ROWS
 from pallas_kernels.matmul.config import PANEL, MidTiles
 from pallas_kernels.matmul.mid_layout import WARPS, Layout
 from pallas_kernels.matmul.mosaic_low_rank import LowRank
 from pallas_kernels.matmul.mosaic_mid_result import Result, by_fours, flat
 from pallas_kernels.matmul.mosaic_panels import CHUNK, LanePanels
-from pallas_kernels.matmul.mosaic_x import TEAM, XRing
+from pallas_kernels.matmul.mosaic_x import XRing
 from pallas_kernels.matmul.problem import OPERANDS, Operands, Problem
 
 
@@ -38,9 +39,9 @@ class _Block:
         self.problem, self.tiles, self.layout = problem, tiles, layout
         self.ring = LanePanels(layout.panel, refs, scratch)
         self.warp, self.lane = self.ring.warp, self.ring.lane
-        self.team, self.warp_row = self.warp // TEAM, self.warp % TEAM * 16
+        self.team, self.team_warp = self.warp // layout.team_warps, self.warp % layout.team_warps
         self.own_byte = pair_table.selector(self.lane & 3)
-        self.x = XRing(context, layout.x, self.team, self.warp % TEAM, refs.x, scratch)
+        self.x = XRing(context, layout.x, self.team, self.team_warp, refs.x, scratch)
         # Later blocks have earlier work: the start of a tile waits for the blocks of its end.
         self.share = mg.Int(layout.blocks - 1) - mg.block_index()
         self.first, self.end = layout.begin(self.share), layout.begin(self.share + 1)
@@ -54,17 +55,21 @@ class _Block:
 
     def panel(self, i: mg.Int) -> mg.Int:
         """The team's panel i."""
-        return self.first + self.team + (i << 1)
+        return self.first + self.team + i * self.layout.teams
 
     def team_panels(self, end: mg.Int) -> mg.Int:
         """How many panels of the share are the team's, of those before `end`."""
-        return end - self.first + 1 - self.team >> 1
+        teams = self.layout.teams
+        return (end - self.first + (teams - 1) - self.team) // teams
 
     def place(self, i: mg.Int) -> tuple[mg.Int, mg.Int]:
         """This warp's first weight row in panel i, and the panel's place along K."""
         panel = self.panel(i)
-        row = panel // self.layout.panels * ROWS + self.warp_row
-        return row, panel % self.layout.panels
+        return self.row(panel // self.layout.panels), panel % self.layout.panels
+
+    def row(self, tile: mg.Int) -> mg.Int:
+        """This warp's first weight row in a tile."""
+        return tile * self.layout.rows + (self.team_warp << 4)
 
     def copy_panel(self, i: mg.Int) -> None:
         """Start to copy this warp's part of panel i."""
@@ -123,8 +128,8 @@ class _Block:
         return a
 
     def decode(self, words: list[mg.Int], scale: mg.Int) -> list[mg.Int]:
-        lookup = functools.partial(pair_table.lookup, selector=self.own_byte, table=self.table)
-        pairs = [lookup(word, lane_offset=self.lane << 2) for word in words]
+        table = self.own_byte, self.table, self.lane << 2, self.layout.pitch
+        pairs = [pair_table.lookup(word, *table) for word in words]
         return [mg.mul_pairs(pair, scale, self.problem.dtype) for pair in pairs]
 
     def run_tile(self, tile: mg.Int) -> None:
@@ -137,6 +142,9 @@ class _Block:
         acc = [mg.zero()] * (self.layout.columns // 2)
         acc = mg.loop(stop - start, acc, lambda i, acc: self.run_panel(start + i, acc))
         acc = self.add_adapter(acc, adapter)
+        if self.layout.cluster > 1:
+            self.result.store(self.result.exchange_blocks(acc), tile)
+            return
         if not self.layout.splits:
             self.result.store(self.result.exchange(acc), tile)
             return
@@ -154,7 +162,7 @@ class _Block:
         """By one team of the block with a tile's start: (what `LowRank.load` takes, its words)."""
         if self.adapter is None:
             return []
-        row, columns = tile * ROWS + self.warp_row, self.layout.columns // 8
+        row, columns = self.row(tile), self.layout.columns // 8
         steps = self.adapter.steps(mg.both(begins, self.team.equals(0)))
         arguments = [(row, [step], columns) for step in steps]
         # The panels hide the latency of the first; for more there are no registers.
@@ -173,15 +181,17 @@ class _Block:
         # Memory answers in order: what is needed first must be asked for first.
         code = pair_table.load_code(self.codebook)
         table = self.ring.scales.load_table() if self.problem.double else []
-        first_lane = mg.both((self.warp % TEAM).equals(0), self.lane.equals(0))
+        first_lane = mg.both(self.team_warp.equals(0), self.lane.equals(0))
         first_parts = min(self.tiles.x_stages, self.layout.parts)
         with mg.when(first_lane):
             self.x.initialize()
             for part in range(first_parts):
                 self.copy_x(part)
+        with mg.when(mg.both(first_lane, self.team.equals(0))):
+            self.result.initialize()
         mg.sync_warp()
         self.copy_panel(mg.Int(0))
-        pair_table.build(self.table, code, self.problem.dtype, WARPS, pair_table.WIDE)
+        pair_table.build(self.table, code, self.problem.dtype, WARPS, self.layout.pitch)
         with mg.when(first_lane):
             for part in range(first_parts, self.tiles.x_stages):
                 self.copy_x(part)
@@ -214,11 +224,15 @@ def build(problem: Problem, tiles: MidTiles):
 
         body(*arguments)
 
+    cluster = {}
+    if layout.cluster > 1:
+        cluster = {"cluster": (layout.cluster,), "cluster_names": ("rank",)}
     kernel = plgpu.kernel(
         qjax_matmul_mid,
         out_type=[out, *layout.sums()],
-        grid=(layout.blocks,),
+        grid=(layout.blocks // layout.cluster,),
         grid_names=("block",),
+        **cluster,
         num_threads=WARPS // 4,
         thread_name="warpgroup",
         scratch_types=[layout.scratch()],

@@ -1,18 +1,16 @@
 """From a tile's sums in registers to y, in `mosaic_mid`.
 
-A thread has 4 sums of each 8 columns, of which a team finishes every other. Of a tile that several
-blocks share, one leaves its sums in device memory; the block with the start adds them, in order.
+A thread has 4 sums of each 8 columns. Of each stripe of columns every team finishes 8. Of a tile
+that several blocks share, each of a cluster finishes some stripes; without clusters, all but one
+leave their sums in device memory, and the block with the start adds them, in order.
 """
 
 from pallas_kernels import mosaic as mg
 from pallas_kernels import mosaic_memory as mem
-from pallas_kernels.matmul.config import MID_ROWS as ROWS
-from pallas_kernels.matmul.mid_layout import PAIR, PAIR_BYTES, THREADS, WARPS, Layout
-from pallas_kernels.matmul.mosaic_x import TEAM
+from pallas_kernels.matmul.mid_layout import SUMS, THREADS, WARPS, Layout
 from pallas_kernels.matmul.problem import Operands, Problem
 
-TEAM_THREADS = TEAM * mg.WARP
-CHUNKS = ROWS // 8  # 16 bytes of a staged column
+STAGED = 1 << 12  # bytes of a stripe's results: 16 bits for 512 threads' 4 sums
 
 
 class Result:
@@ -24,41 +22,113 @@ class Result:
         self.problem, self.layout, self.share, self.warp = problem, layout, share, warp
         self.thread = mg.thread_index()
         self.lane = self.thread & (mg.WARP - 1)
-        self.team, self.warp_row = self.warp // TEAM, self.warp % TEAM * 16
-        self.out, self.staging = mem.global_address(out), mem.shared_address(scratch["staging"])
-        if layout.splits:
+        self.team, self.team_warp = warp // layout.team_warps, warp % layout.team_warps
+        self.rank = mg.Int(0)
+        if layout.cluster > 1:
+            self.rank = mg.cluster_rank()
+            self.received = mem.shared_address(scratch["x"])
+            self.all_received = mem.Barriers(scratch["received"], 1)
+        self.chunks = layout.rows // 8  # 16 bytes of a staged column
+        self.out = mem.global_address(out)
+        self.staging = mem.shared_address(scratch["packed" if layout.once else "staging"])
+        if sums:
             self.sums, self.marks = (mem.global_address(ref) for ref in sums)
             self.tag = mem.grid_tag()
         self.residual = [mem.global_address(ref) for ref in refs.residual]
 
+    def initialize(self) -> None:
+        """By one thread, before any other of its block or cluster goes on."""
+        if self.layout.cluster > 1:
+            self.all_received.initialize(1)
+            others, stripes = self.layout.cluster - 1, self.layout.stripes
+            own = (mg.Int(stripes + others) - self.rank) // (others + 1)
+            self.all_received.expect(mg.Int(0), own * (others * SUMS))
+
+    # Sums of the teams
+
     def exchange(self, acc: list) -> list[list]:
-        """Sum the teams' halves of k; each team keeps 8 columns of each pair."""
-        layout, is_first = self.layout, self.team.equals(0)
-        thread = self.thread & (TEAM_THREADS - 1)
-
-        def place(team: mg.Int, pair: int) -> mg.Int:
-            number = team * layout.pairs_at_once + pair % layout.pairs_at_once
-            return self.staging + (number * TEAM_THREADS + thread << 4)
-
+        """Sum what the teams have; each keeps 8 columns of a stripe."""
+        layout, groups = self.layout, by_fours(acc)
+        teams = layout.teams
+        if teams == 1:
+            return groups
+        groups += [[mg.zero()] * 4] * (layout.stripes * teams - len(groups))
+        at_once = layout.staging // ((teams - 1) * SUMS)
         kept = []
-        for first in range(0, layout.pairs, layout.pairs_at_once):
-            pairs = range(first, min(first + layout.pairs_at_once, layout.pairs))
-            mg.sync_block()  # what was staged before is read
+        for first in range(0, layout.stripes, at_once):
+            stripes = range(first, min(first + at_once, layout.stripes))
+            mg.sync_block()  # what was there before is read
             own = []
-            for pair in pairs:
-                even, odd = (acc[start:][:4] for start in (8 * pair, 8 * pair + 4))
-                odd = odd or [mg.zero()] * 4
-                own.append([mg.select_float(is_first, e, o) for e, o in zip(even, odd)])
-                other = [mg.select_float(is_first, o, e) for e, o in zip(even, odd)]
-                mem.store_floats(place(self.team, pair), other)
+            for i, stripe in enumerate(stripes):
+                mine, *others = self._rotate(groups[teams * stripe :][:teams])
+                own.append(mine)
+                for distance, four in enumerate(others, 1):
+                    mem.store_floats(self._place(i, self.team + distance, distance), four)
             mg.sync_block()
-            kept += _add(own, [mem.load_floats(place(self.team ^ 1, pair), 4) for pair in pairs])
+            for distance in range(1, teams):
+                places = [self._place(i, self.team, distance) for i in range(len(stripes))]
+                own = _add(own, [mem.load_floats(place, 4) for place in places])
+            kept += own
         return kept
+
+    def _rotate(self, groups: list[list]) -> list[list]:
+        """The groups of a stripe, from the team's own on."""
+        step = 1
+        while step < len(groups):
+            moves = (self.team & step).equals(step)
+            moved = groups[step:] + groups[:step]
+            groups = [_select(moves, a, b) for a, b in zip(moved, groups, strict=True)]
+            step *= 2
+        return groups
+
+    def _place(self, stripe: int, team: mg.Int, distance: int) -> mg.Int:
+        """Where a team gets sums of a stripe from the team that is so far before it."""
+        teams, threads = self.layout.teams, THREADS // self.layout.teams
+        number = (team & (teams - 1)) + (stripe * (teams - 1) + distance - 1) * teams
+        return self.staging + (number * threads + (self.thread & (threads - 1)) << 4)
+
+    # Sums of the blocks of a cluster
+
+    def exchange_blocks(self, acc: list) -> list[list]:
+        """Sum what the teams of a cluster's blocks have; each block keeps some stripes."""
+        count, stripes = self.layout.cluster, self.layout.own_stripes
+        all_received = self.all_received.address(mg.Int(0))
+        mg.arrive_at_cluster()
+        kept = self.exchange(acc)
+        mg.await_cluster()  # all have read their x
+        for i, four in enumerate(kept):
+            owner = i % count
+            with mg.when(mg.Int(0) < (self.rank ^ owner)):
+                distance = mg.select(self.rank < owner, self.rank + count, self.rank) - owner
+                place, barrier = (
+                    mem.remote_address(address, mg.Int(owner))
+                    for address in (self._received(i // count, distance), all_received)
+                )
+                mem.send(place, four, barrier)
+        kept += kept[:1] * (stripes * count - len(kept))  # past the end nothing is stored
+        own = kept[0::count]
+        for owner in range(1, count):
+            own = [
+                _select(self.rank.equals(owner), a, b)
+                for a, b in zip(kept[owner::count], own, strict=True)
+            ]
+        self.all_received.wait(mg.Int(0), mg.Int(0))
+        for distance in range(1, count):
+            places = [self._received(i, mg.Int(distance)) for i in range(stripes)]
+            own = _add(own, [mem.load_floats(place, 4) for place in places])
+        return own
+
+    def _received(self, stripe: int, distance: mg.Int) -> mg.Int:
+        """Where a block gets sums of one of its stripes from the block that is so far after it."""
+        number = (distance - 1) * self.layout.own_stripes + stripe
+        return self.received + (number * SUMS + (self.thread << 4))
+
+    # Sums of other blocks, through device memory
 
     def leave_sums(self, acc: list) -> None:
         """Leave the sums of a tile's later part to the block that has its start."""
-        for i, pair in enumerate(self.exchange(acc)):
-            mem.store_floats(self.sum_place(self.share, i), pair)
+        for i, four in enumerate(self.exchange(acc)):
+            mem.store_floats(self.sum_place(self.share, i), four)
         mg.sync_warp()
         with mg.when(self.lane.equals(0)):
             mem.signal(self.mark_place(self.share), self.tag)
@@ -84,7 +154,7 @@ class Result:
         def load(index: mg.Int) -> list[list]:
             exists, share = index < others, (self.share + 1 + index).at_most(self.layout.blocks - 1)
             sums = [mem.load_floats(self.sum_place(share, i), 4) for i in range(len(kept))]
-            return [[mg.select_float(exists, v, mg.zero()) for v in pair] for pair in sums]
+            return [_select(exists, four, [mg.zero()] * 4) for four in sums]
 
         def body(i: mg.Int, carry: list) -> list:
             total = by_fours(carry)
@@ -98,10 +168,12 @@ class Result:
         """Where this warp of a share marks that its sums are there: a warp needs no other's."""
         return self.marks + (share * WARPS + self.warp << 3).wide()
 
-    def sum_place(self, share: mg.Int, pair: int) -> mg.Int:
-        """Where a share's sums of a pair are, this thread's."""
-        number = share * self.layout.pairs + pair
-        return self.sums + (number * PAIR_BYTES + (self.thread << 4)).wide()
+    def sum_place(self, share: mg.Int, stripe: int) -> mg.Int:
+        """Where a share's sums of a stripe are, this thread's."""
+        number = share * self.layout.stripes + stripe
+        return self.sums + (number * SUMS + (self.thread << 4)).wide()
+
+    # y
 
     def store(self, kept: list[list], tile: mg.Int) -> None:
         """Write a tile's columns to y."""
@@ -109,64 +181,75 @@ class Result:
         if self.problem.n % 8:
             self.store_elements(kept, tile)
             return
-        at_once = 2 * self.layout.pairs_at_once  # of half the size that they have in `exchange`
+        at_once = self.layout.staging // STAGED
         for first in range(0, len(kept), at_once):
-            mg.sync_block()  # what was staged before is read
-            self.stage(kept[first : first + at_once])
+            mg.sync_block()  # what was there before is read
+            some = kept[first : first + at_once]
+            self.stage(some)
             mg.sync_block()
-            columns = range(first * PAIR, min((first + at_once) * PAIR, self.problem.m))
-            self.store_lines(columns, tile)
+            self.store_lines(first, len(some), tile)
 
-    def store_lines(self, columns: range, tile: mg.Int) -> None:
-        """Write staged columns, 8 rows a thread."""
-        chunk = self.thread & (CHUNKS - 1)
-        row, first = tile * ROWS + (chunk << 3), self.thread // CHUNKS
-        for start in range(0, len(columns), THREADS // CHUNKS):
-            line = first + start
-            with mg.when(mg.both(line < len(columns), row < self.problem.n)):
+    def store_lines(self, first: int, count: int, tile: mg.Int) -> None:
+        """Write so many staged stripes, from the block's stripe `first` on, 8 rows a thread."""
+        m, n = self.problem.m, self.problem.n
+        stripe, blocks = self.layout.stripe, self.layout.cluster
+        chunk = self.thread & (self.chunks - 1)
+        row = tile * self.layout.rows + (chunk << 3)
+        lines = min(count * stripe, m - first * stripe * blocks)
+        for start in range(0, lines, THREADS // self.chunks):
+            line = self.thread // self.chunks + start
+            column = ((line // stripe + first) * blocks + self.rank) * stripe + line % stripe
+            inside = mg.both(column < m, row < n)
+            with mg.when(mg.both(line < count * stripe, inside)):
                 words = mem.load_words(self.staged(line, chunk))
-                place = ((line + columns.start) * self.problem.n + row).wide()
-                mem.store_words(self.out + place * 2, words)
+                mem.store_words(self.out + (column * n + row).wide() * 2, words)
 
     def stage(self, kept: list[list]) -> None:
-        """Put columns into shared memory, transposed: two pairs a matrix store."""
-        dtype, matrix = self.problem.dtype, self.lane >> 3
+        """Put columns into shared memory, transposed: two stripes a matrix store."""
+        dtype, matrix, stripe = self.problem.dtype, self.lane >> 3, self.layout.stripe
         column = (self.team << 3) + (self.lane & 7)
-        chunk = (self.warp % TEAM << 1) + (matrix & 1)
+        chunk = (self.team_warp << 1) + (matrix & 1)
         for first in range(0, len(kept), 2):
             two = kept[first], kept[min(first + 1, len(kept) - 1)]  # the same twice at the end
-            words = [mg.pack_pair(*pair[i : i + 2], dtype) for pair in two for i in (0, 2)]
-            step = PAIR if len(kept) - first > 1 else 0
-            place = column + (first * PAIR) + (matrix >> 1) * step
+            words = [mg.pack_pair(*four[i : i + 2], dtype) for four in two for i in (0, 2)]
+            step = stripe if len(kept) - first > 1 else 0
+            place = column + (first * stripe) + (matrix >> 1) * step
             mem.store_matrices_transposed(self.staged(place, chunk), words)
 
     def staged(self, column: mg.Int, chunk: mg.Int) -> mg.Int:
         """Where 8 rows of a column are; columns are swizzled against bank conflicts."""
-        return self.staging + (column * CHUNKS + (chunk ^ (column & 7)) << 4)
+        return self.staging + (column * self.chunks + (chunk ^ (column & 7)) << 4)
+
+    def first_place(self, tile: mg.Int) -> tuple[mg.Int, mg.Int]:
+        """The row and the column of the thread's first sum of its first stripe."""
+        row = tile * self.layout.rows + (self.team_warp << 4) + (self.lane >> 2)
+        column = self.rank * self.layout.stripe + (self.team << 3)
+        return row, column + ((self.lane & 3) << 1)
+
+    def offsets(self, stripe: int) -> list[tuple[int, int]]:
+        """Rows and columns from there to each of the 4 sums of a stripe that is kept."""
+        right = stripe * self.layout.stripe * self.layout.cluster
+        return [(8 * (r // 2), right + r % 2) for r in range(4)]
 
     def add_residual(self, kept: list[list], tile: mg.Int) -> list[list]:
-        """Add to the columns that `exchange` gave what is added to y; past its end nothing is."""
+        """Add to the columns that are kept what is added to y; past its end nothing is."""
         m, n = self.problem.m, self.problem.n
-        row = tile * ROWS + self.warp_row + (self.lane >> 2)
-        column = (self.team << 3) + ((self.lane & 3) << 1)
+        row, column = self.first_place(tile)
         for source in self.residual:
-            for i, pair in enumerate(kept):
-                for r in range(4):
-                    place = (column + (PAIR * i + r % 2)).at_most(m - 1) * n
-                    place = place + (row + 8 * (r // 2)).at_most(n - 1)
+            for i, four in enumerate(kept):
+                for r, (down, right) in enumerate(self.offsets(i)):
+                    place = (column + right).at_most(m - 1) * n + (row + down).at_most(n - 1)
                     value = mem.load_half(source + (place << 1).wide(), self.problem.dtype)
-                    pair[r] = mg.add(pair[r], value)
+                    four[r] = mg.add(four[r], value)
         return kept
 
     def store_elements(self, kept: list[list], tile: mg.Int) -> None:
         """Write a tile's columns one value at a time."""
         m, n, dtype = self.problem.m, self.problem.n, self.problem.dtype
-        row = tile * ROWS + self.warp_row + (self.lane >> 2)
-        column = (self.team << 3) + ((self.lane & 3) << 1)
+        row, column = self.first_place(tile)
         target = self.out + (column * n + row << 1).wide()
-        for i, pair in enumerate(kept):
-            for r, value in enumerate(pair):
-                right, down = PAIR * i + r % 2, 8 * (r // 2)
+        for i, four in enumerate(kept):
+            for value, (down, right) in zip(four, self.offsets(i), strict=True):
                 with mg.when(mg.both(column + right < m, row + down < n)):
                     mem.store(target + 2 * (right * n + down), mg.round_to(value, dtype))
 
@@ -175,9 +258,13 @@ def _add(a: list[list], b: list[list]) -> list[list]:
     return [[mg.add(u, v) for u, v in zip(p, q)] for p, q in zip(a, b, strict=True)]
 
 
-def flat(pairs: list[list]) -> list:
-    """The sums of all pairs, in one list."""
-    return [value for pair in pairs for value in pair]
+def _select(condition: mg.Value, yes: list, no: list) -> list:
+    return [mg.select_float(condition, y, n) for y, n in zip(yes, no, strict=True)]
+
+
+def flat(fours: list[list]) -> list:
+    """The sums of all groups, in one list."""
+    return [value for four in fours for value in four]
 
 
 def by_fours(sums: list) -> list[list]:

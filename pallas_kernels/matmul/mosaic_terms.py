@@ -22,12 +22,12 @@ class TermLayout:
     """Sizes in bytes, and where they lie: hidden whole, then slots with B and the residual."""
 
     def __init__(self, problem: Problem, tiles: DecodeTiles):
-        self.slots = tiles.stages + 2  # one more is read and one is written meanwhile
+        # One more is read and one is written meanwhile; with several slabs, one a tile later.
+        self.slots = tiles.stages + 2 + (tiles.slabs > 1)
         self.hidden_row = 2 * len(problem.sections) * problem.rank
         self.hidden = -(-problem.m * self.hidden_row // 16) * 16
         self.b = 2 * ROWS * problem.rank
-        # A copy takes 4 bytes at least. The residual of slabs is added with them.
-        staged = problem.residual and tiles.slabs == 1 and problem.n % 2 == 0
+        staged = problem.residual and problem.n % 2 == 0  # a copy takes 4 bytes at least
         self.residual = 2 * ROWS * problem.m if staged else 0
         self.slot = self.b + self.residual
 
@@ -38,10 +38,10 @@ class TermLayout:
 
 
 class Terms:
-    """One thread's view of them. `adds` is whether this block adds the adapter's term."""
+    """One thread's view of them."""
 
-    def __init__(self, problem: Problem, layout: TermLayout, refs: Operands, layer, adds, scratch):
-        self.problem, self.layout, self.adds = problem, layout, adds
+    def __init__(self, problem: Problem, layout: TermLayout, refs: Operands, layer, scratch):
+        self.problem, self.layout = problem, layout
         self.lane = mg.thread_index() & (mg.WARP - 1)
         self.residual = [mem.global_address(ref) for ref in refs.residual]
         if problem.rank:
@@ -66,8 +66,7 @@ class Terms:
         if p.rank:
             start = row * (2 * p.rank)
             end = mg.Int(2 * p.n * p.rank) - start
-            with mg.when(self.adds):
-                self.copy_run(self.slot(i), self.b + start.wide(), layout.b, end)
+            self.copy_run(self.slot(i), self.b + start.wide(), layout.b, end)
         if layout.residual:
             width = 2 * math.gcd(p.n, 8)
             parts = 2 * ROWS // width
@@ -90,7 +89,6 @@ class Terms:
     def add(self, i: mg.Int, value, column: mg.Int, tile_row: mg.Int, row: mg.Int):
         """Add them to the sum that is y[column, row], an element of tile i."""
         p, step = self.problem, math.gcd(self.problem.rank, 8)
-        term = value
         for k in range(0, p.rank, step):
             hidden = column * self.layout.hidden_row + (section(p, row) * p.rank + k << 1)
             b = tile_row * (2 * p.rank) + 2 * k
@@ -99,8 +97,8 @@ class Terms:
                 for address in (self.base + hidden, self.slot(i) + b)
             ]
             for one, other in zip(*pair):
-                term = mg.fma(one, other, term)
-        return mg.select_float(self.adds, term, value) if p.rank else value
+                value = mg.fma(one, other, value)
+        return value
 
     def load_residual(self, i: mg.Int, column: mg.Int, tile_row: mg.Int, row: mg.Int) -> list:
         """The residual's element, if there is one."""

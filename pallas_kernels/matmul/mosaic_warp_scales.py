@@ -80,7 +80,9 @@ class WarpScales:
             _, absmax, offset, self.table_source, origin = bases
             self.absmax = absmax + layer.wide() * (4 * self.problem.groups)
             self.offset = mem.load_float(offset + (layer << 2).wide())
-            self.row0, self.block0 = mem.load_word(origin), mem.load_word(origin + 4)
+            self.row0 = self.block0 = mg.Int(0)
+            if self.problem.part:  # else no copy waits for a load
+                self.row0, self.block0 = mem.load_word(origin), mem.load_word(origin + 4)
             if self.problem.stacked_table:
                 self.table_source = self.table_source + layer.wide() * TABLE_BYTES
 

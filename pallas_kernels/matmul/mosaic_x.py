@@ -17,15 +17,15 @@ from pallas_kernels.matmul.problem import Problem
 
 BOX = 64  # k
 SWIZZLE = 2 * BOX
-TEAM = 8  # warps that share a ring
 
 
 @dataclasses.dataclass(frozen=True)
 class XLayout:
-    """Shared memory of the rings of some teams: `stages` parts of `depth` k each."""
+    """Shared memory of the rings of some teams of warps: `stages` parts of `depth` k each."""
 
     problem: Problem
     teams: int
+    warps: int
     stages: int
     depth: int
 
@@ -39,12 +39,12 @@ class XLayout:
         """Boxes of a part."""
         return self.depth // BOX
 
-    def scratch(self) -> dict:
-        """What to allocate, by name."""
+    def scratch(self, least: int) -> dict:
+        """What to allocate, by name; at least so many bytes for x, used for others after it."""
         places = self.teams * self.stages
-        shape = places * self.boxes, self.columns, BOX
+        boxes = max(places * self.boxes, -(-least // (self.columns * SWIZZLE)))
         return {
-            "x": plgpu.SMEM(shape, jnp.dtype(self.problem.dtype)),
+            "x": plgpu.SMEM((boxes, self.columns, BOX), jnp.dtype(self.problem.dtype)),
             "x_barriers": plgpu.SMEM((4 * places,), jnp.int32),
         }
 
@@ -67,7 +67,7 @@ class XRing:
 
     def initialize(self) -> None:
         """By one thread of the team; the others synchronize with it."""
-        self.barriers.initialize(self.layout.boxes, [TEAM] * self.layout.stages)
+        self.barriers.initialize(self.layout.boxes, [self.layout.warps] * self.layout.stages)
 
     def _box(self, part: mg.Int, box: int) -> mg.Int:
         """The number of a part's box in shared memory."""
@@ -105,7 +105,7 @@ class XRing:
         mg.sync_warp()
         with mg.when((mg.thread_index() & 31).equals(0)):
             self.barriers.arrive(part % stages + stages)
-            turn = self.warp.equals(part % TEAM)
+            turn = self.warp.equals(part % self.layout.warps)
             wanted = part + (stages - lag) < count
             with mg.when(mg.both(mg.both(turn, wanted), mg.Int(lag) < part + 1)):
                 left = part - lag

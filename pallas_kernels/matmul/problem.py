@@ -40,6 +40,7 @@ class Problem:
         pitch: with `double`, scales in a row of the whole weight.
         groups: with `double`, second-level values of one slice.
         stacked_table: with `double`, each slice has its own 8-bit table.
+        part: with `double`, the weight is a part of a larger one, and `origin` is not 0.
         rank: of an adapter, hidden[M, sections * rank] @ B[N, rank].T, that is added; 0 for none.
         sections: rows of W that share a part of `hidden`, in order.
         residual: whether an array [M, N] is added.
@@ -55,6 +56,7 @@ class Problem:
     pitch: int = 0
     groups: int = 0
     stacked_table: bool = False
+    part: bool = False
     rank: int = 0
     sections: tuple[int, ...] = ()
     residual: bool = False
@@ -63,14 +65,6 @@ class Problem:
     def blocks(self) -> int:
         """Scales in a row."""
         return self.k // self.block_size
-
-
-def add_slabs(y: jax.Array, operands: Operands, dtype: str) -> jax.Array:
-    """Sum the parts [slabs, M, N] of a result and what is added to it."""
-    total = y.sum(axis=0)
-    for residual in operands.residual:
-        total = total + residual.astype(jnp.float32)
-    return total.astype(dtype)
 
 
 def describe(
@@ -95,6 +89,7 @@ def describe(
         pitch=scales.pitch or k // block_size,
         groups=scales.absmax.shape[-1],
         stacked_table=scales.table.ndim == 2,
+        part=scales.origin is not None,
     )
     arrays = (scales.codes, scales.absmax, scales.offset.reshape(-1), scales.table, origin)
     return problem, Operands(x, packed, arrays, codebook, layer)

@@ -7,6 +7,7 @@ a kernel's threads have roles, each role runs by itself, and its waits last unti
 """
 
 import contextlib
+import functools
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from tests.pallas_kernels.simulated_machine import (
     copy_async,
     copy_bulk,
     copy_tensor,
+    remote_address,
+    send,
     wait_copies,
 )
 
@@ -162,6 +165,11 @@ def permute(a, b, selector):
     return Register(out)
 
 
+def load_words_where(condition, address):
+    with when(condition):
+        return PRIMITIVES["load_words"](address)
+
+
 class AwaitsBlock(Exception):
     """A block waits for one that has not run."""
 
@@ -182,7 +190,7 @@ PRIMITIVES = {
     "Barriers": Barriers,
     "thread_index": lambda: Register(np.arange(on.machine.threads, dtype=np.uint32)),
     "block_index": lambda: Register(on.machine.block),
-    "cluster_rank": lambda: Register(on.machine.block % 2),
+    "cluster_rank": lambda: Register(on.machine.block % max(2, len(on.machine.cluster))),
     "select": lambda c, yes, no: Register(np.where(c, yes.value, Register(no).value)),
     "select_float": lambda c, yes, no: np.where(c, yes, no),
     "both": lambda a, b: a & b,
@@ -191,7 +199,9 @@ PRIMITIVES = {
     "branch": branch,
     "loop": loop,
     "sync_block": lambda: None,
-    "sync_cluster": lambda: None,
+    "sync_cluster": lambda: on.machine.met.wait(on.machine.patience),
+    "arrive_at_cluster": lambda: None,
+    "await_cluster": lambda: on.machine.met.wait(on.machine.patience),
     "sync_warp": lambda: None,
     "uniform": lambda value: value,
     "shuffle": lookup_lane,
@@ -238,6 +248,7 @@ PRIMITIVES = {
     "load_words": lambda address: [
         Register(word) for word in on.machine.load(address, 16).view(np.uint32).T
     ],
+    "load_words_where": load_words_where,
     "load_floats": lambda address, count: (
         list(on.machine.load(address, 4 * count).view(np.float32).T)
         if count <= 4
@@ -248,6 +259,8 @@ PRIMITIVES = {
         a + b for a, b in zip(values, PRIMITIVES["load_floats"](address, 4))
     ],
     "store": lambda address, value: on.machine.store(address, value),
+    "remote_address": remote_address,
+    "send": send,
     "copy_bulk": copy_bulk,
     "copy_async": copy_async,
     "commit_copies": commit_copies,
@@ -266,37 +279,56 @@ def allocate(value):
     )
 
 
-def simulate(monkeypatch, layout, tiles, blocks, threads, operands, out, make_block, together=1):
+def simulate(
+    monkeypatch,
+    layout,
+    tiles,
+    blocks,
+    threads,
+    operands,
+    out,
+    make_block,
+    together=1,
+    cluster=1,
+):
     """Run `make_block(references, out, scratch).run()` for each block; gives the output array.
 
-    Of `together` neighbours, each may wait for the others; those that do run once more, when all
-    have come as far as they can.
+    Of `together` neighbours, each may wait for the others through device memory; those that do run
+    once more, when all have come as far as they can. The `cluster` blocks of a cluster run at once;
+    by itself, a block of a pair gets from the other what it sends.
     """
-    machine = on.start(threads)
+    machine = on.start(threads, cluster)
     for name, value in PRIMITIVES.items():
         module = mosaic if hasattr(mosaic, name) else mosaic_memory
         monkeypatch.setattr(module, name, value)
     references = type(operands)(*map(allocate, operands))
     target = machine.allocate_global(out)
 
-    def ends(block: int) -> bool:
-        scratch = machine.start_block(block, layout.scratch(tiles))
-        body = make_block(references, target, scratch)
-        try:
-            if hasattr(body, "roles"):
-                body.setup()
-                machine.run_roles(body)
-                return True
-            body.run()
-        except AwaitsBlock:
-            return False
+    def run(block: int) -> None:
+        body = make_block(references, target, machine.start_block(block, layout.scratch(tiles)))
+        if hasattr(body, "roles"):
+            body.setup()
+            machine.run_roles(body)
+            return
+        body.run()
         phases = [phase for phase in machine.barriers.values() if phase.copies]
         assert all(phase.waited == phase.completed for phase in phases)
+        machine.here.ended = True
+
+    def ends(block: int) -> bool:
+        try:
+            if cluster == 1:
+                run(block)
+            else:
+                machine.run_all([functools.partial(run, block + rank) for rank in range(cluster)])
+        except AwaitsBlock:
+            return False
         return True
 
     with np.errstate(over="ignore", invalid="ignore"):
-        for first in range(0, blocks, together):
-            waiting = [block for block in range(first, first + together) if not ends(block)]
+        for first in range(0, blocks, together * cluster):
+            some = range(first, first + together * cluster, cluster)
+            waiting = [block for block in some if not ends(block)]
             assert all(map(ends, waiting)), "waits for a block that starts later"
     data = machine.memory(target.address)[0][: out.nbytes]
     return data.view(out.dtype).reshape(out.shape)

@@ -2,9 +2,11 @@
 
 A register is an array with an element a thread. A copy happens at once, but a small asynchronous
 one when it is waited for. Barriers count arrivals and bytes; a wait for a phase that is not
-complete is an error, as is an access out of bounds. Memory starts as NaN.
+complete is an error, as is an access out of bounds. Memory starts as NaN. The blocks of a cluster
+run at a time, each in a thread of its own; to send to one that has ended is an error.
 """
 
+import functools
 import math
 import threading
 
@@ -84,12 +86,43 @@ class Reference:
         return math.prod(self.shape) * self.itemsize
 
 
-class Machine:
-    """One block at a time, and the global memory."""
+class Block:
+    """What a block has to itself."""
 
-    def __init__(self, threads):
-        self.threads, self.block, self.globals = threads, 0, []
+    def __init__(self, number):
+        self.number, self.ended = number, False
+        self.shared, self.barriers = np.full(SHARED, 0xFF, np.uint8), {}
+        self.groups = [[]]  # of small asynchronous copies; the last is open
+
+
+class Machine:
+    """The blocks that run, and the global memory."""
+
+    def __init__(self, threads, cluster=1):
+        self.threads, self.globals = threads, []
         self.local, self.changed, self.patience = threading.local(), threading.Condition(), 0
+        self.cluster: list = [None] * cluster
+        self.met = threading.Barrier(cluster)
+
+    @property
+    def here(self) -> Block:
+        """The block that this Python thread runs."""
+        return self.local.block
+
+    @property
+    def block(self) -> int:
+        """Its number."""
+        return self.here.number
+
+    @property
+    def shared(self) -> np.ndarray:
+        """Its shared memory."""
+        return self.here.shared
+
+    @property
+    def barriers(self) -> dict:
+        """Its barriers, by address."""
+        return self.here.barriers
 
     @property
     def mask(self) -> np.ndarray:
@@ -109,9 +142,8 @@ class Machine:
         return Reference(len(self.globals) << 32, data.shape, data.itemsize)
 
     def start_block(self, block, scratch) -> dict:
-        self.block, self.mask = block, np.ones(self.threads, bool)
-        self.shared, self.barriers = np.full(SHARED, 0xFF, np.uint8), {}
-        self.groups = [[]]  # of small asynchronous copies; the last is open
+        self.local.block, self.mask = Block(block), np.ones(self.threads, bool)
+        self.cluster[block % len(self.cluster)] = self.here
         references, place = {}, 1024  # address 0 is nobody's
         for name, ref in scratch.items():
             references[name] = Reference(place, ref.shape, np.dtype(ref.dtype).itemsize)
@@ -119,27 +151,37 @@ class Machine:
         return references
 
     def run_roles(self, block) -> None:
+        """Side by side."""
+        here = self.here
+
+        def run(mask, body):
+            self.local.block, self.mask = here, mask
+            body()
+
+        self.run_all([functools.partial(run, mask, body) for mask, _, body in block.roles()])
+
+    def run_all(self, bodies) -> None:
         """Each in a thread of its own; an error in one ends the wait of the others."""
         errors = []
 
-        def run(mask, body):
-            self.mask = mask
+        def run(body):
             try:
                 body()
             except BaseException as error:
                 errors.append(error)
                 self.patience = 0
+                self.met.abort()
                 with self.changed:
                     self.changed.notify_all()
 
         self.patience = 60
-        roles = [(mask, body) for mask, _, body in block.roles()]
-        threads = [threading.Thread(target=run, args=role) for role in roles]
+        threads = [threading.Thread(target=run, args=(body,)) for body in bodies]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         if errors:
+            self.met.reset()
             raise errors[0]
 
     def memory(self, address) -> tuple[np.ndarray, int]:
@@ -254,12 +296,30 @@ class Barriers:
             phase.waited = phase.completed
 
 
-def change(address, arrivals, size, copies=False):
+def change(address, arrivals, size, copies=False, block=None):
     with machine.changed:
-        phase = machine.barriers[address]
+        phase = (block or machine.here).barriers[address]
         phase.change(arrivals, size)
         phase.copies |= copies
         machine.changed.notify_all()
+
+
+REMOTE = 24  # a remote address has the block's rank, from 1 on, from this bit on
+
+
+def remote_address(address, rank):
+    return address + (rank + 1 << REMOTE)
+
+
+def send(address, values, barrier):
+    data = np.stack(values, -1).astype(np.float32).view(np.uint8)
+    for thread in machine.active():
+        places = (int(a.value[thread]) for a in (address, barrier))
+        (rank, place), (owner, phase) = (divmod(a, 1 << REMOTE) for a in places)
+        block = machine.cluster[rank - 1]
+        assert rank == owner and not block.ended and place % data.shape[1] == 0
+        block.shared[place : place + data.shape[1]] = data[thread]
+        change(phase, 0, -data.shape[1], copies=True, block=block)
 
 
 def copy_bulk(target, source, size, barrier):
@@ -276,18 +336,18 @@ def copy_async(target, source, size, keep=True):
     data = machine.load(source, size)
     poison = np.full((machine.threads, size), 0xFF, np.uint8)
     machine.store(target, poison.view(f"V{size}"))
-    machine.groups[-1].append((target, data.view(f"V{size}"), machine.mask))
+    machine.here.groups[-1].append((target, data.view(f"V{size}"), machine.mask))
 
 
 def commit_copies():
-    machine.groups.append([])
+    machine.here.groups.append([])
 
 
 def wait_copies(pending):
     """As for a thread: the groups are of all, and a thread has its own copies in each."""
-    done = len(machine.groups) - 1 - pending
+    done = len(machine.here.groups) - 1 - pending
     outer = machine.mask
-    for group in machine.groups[: max(0, done)]:
+    for group in machine.here.groups[: max(0, done)]:
         for target, data, machine.mask in group:
             machine.store(target, data)
         group.clear()
@@ -322,8 +382,8 @@ def copy_tensor(_, source, target, place, shape, barrier, swizzle, shared=False)
 machine: Machine
 
 
-def start(threads) -> Machine:
-    """A new machine, with blocks of so many threads."""
+def start(threads, cluster=1) -> Machine:
+    """A new machine, with blocks of so many threads in clusters of so many blocks."""
     global machine
-    machine = Machine(threads)
+    machine = Machine(threads, cluster)
     return machine

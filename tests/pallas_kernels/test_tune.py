@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pallas_kernels import dispatch, matmul, tune, user_tiles
 from pallas_kernels.matmul import mosaic_gpu
-from pallas_kernels.matmul.config import DecodeTiles
+from pallas_kernels.matmul.config import DecodeTiles, MidTiles
 from pallas_kernels.matmul.config_large import LargeTiles
 from pallas_kernels.user_tiles import Choice, Key
 from qjax.cli import app
@@ -107,6 +107,17 @@ def test_a_broken_choice_is_named(cache, choice, message):
     user_tiles.forget()
     with pytest.warns(UserWarning, match=f"{cache.name} are not used: .*{message}"):
         assert user_tiles.lookup(KIND, KEY) is None
+
+
+def test_fields_that_a_file_lacks_have_their_defaults(cache):
+    key = dataclasses.replace(KEY, m=32)
+    user_tiles.add(KIND, {key: Choice("mosaic_gpu", MidTiles(64, teams=2, cluster=False), 7.5)})
+    report = json.loads(cache.read_text())
+    for name in ("teams", "cluster"):
+        del report["devices"][KIND][0]["choice"]["tiles"][name]
+    cache.write_text(json.dumps(report))
+    user_tiles.forget()
+    assert user_tiles.lookup(KIND, key).tiles == MidTiles(64)
 
 
 def test_half_a_file_is_left_aside(cache):
