@@ -4,6 +4,7 @@ The channels of a head lie in one or two arrays of columns, of any rank: queries
 multiplied and stored by these. A tile is some rows of slots, and as many in each further pass.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -169,7 +170,7 @@ class PackedTiles:
 
     def dot(self, query) -> list[jax.Array]:
         """See `FloatTiles`."""
-        offset = sum(x * low for x, low in zip(query, self.low))
+        offset = functools.reduce(jnp.add, [x * low for x, low in zip(query, self.low)])
         scaled = [x * step for x, step in zip(query, self.step)]
         out = []
         for codes in self.keys:

@@ -5,8 +5,8 @@ token: a group of 64 tokens shares a step and an offset in each channel of a key
 its own for each 64 channels. Both are float16: 8.5 and 4.5 bits a number. The last group of keys
 is held beside them as it was, and encoded again with each key that is added to it.
 
-Nothing decoded is stored: kernels of a GPU read the codes. Elsewhere decoding is elementwise, and XLA
-fuses it with the attention that reads.
+Nothing decoded is stored: kernels of a GPU read the codes. Elsewhere decoding is elementwise, and
+XLA fuses it with the attention that reads.
 """
 
 import dataclasses
