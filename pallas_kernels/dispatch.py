@@ -67,6 +67,10 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", "pallas_kernels.append_attention.triton", "Triton kernel"),
         Backend("xla", "pallas_kernels.append_attention.xla", "XLA reductions"),
     ),
+    "append_packed": (
+        Backend("triton", "pallas_kernels.append_packed.triton", "Triton kernel"),
+        Backend("xla", "pallas_kernels.append_packed.xla", "XLA"),
+    ),
     "decode_attention": (
         Backend("triton", "pallas_kernels.decode_attention.triton", "Triton kernel"),
         Backend("xla", "pallas_kernels.decode_attention.xla", "XLA reductions"),

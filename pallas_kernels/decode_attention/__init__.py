@@ -3,12 +3,13 @@
 import jax
 
 from pallas_kernels import dispatch
+from pallas_kernels.packed import Packed
 
 
 def decode_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | Packed,
+    v: jax.Array | Packed,
     mask: jax.Array,
     length,
     *,
@@ -21,7 +22,10 @@ def decode_attention(
     Args:
         q: [B, heads, head_dim].
         k, v: [B, kv_heads, slots, head_dim]; with `layer`, [L, B, kv_heads, slots, head_dim].
-            Each has `heads / kv_heads` queries.
+            Each has `heads / kv_heads` queries. Or `Packed`: codes of keys are
+            [B, kv_heads, groups, tokens of a group, head_dim], with a step for each channel of a
+            group, and those of values [B, kv_heads, slots, blocks, channels of a block], with a
+            step for each block.
         mask: bool [B, slots]; a row needs a True.
         length: int32 scalar; slots from here on are masked, and a kernel does not read them.
         scale: None is 1 / sqrt(head_dim).
@@ -40,7 +44,7 @@ def decode_attention(
         >>> decode_attention(jnp.ones((1, 4, 16)), k, v, jnp.ones((1, 8), bool), 8).shape
         (1, 4, 16)
     """
-    _check(q, k, v, mask, layer)
+    (_check_packed if isinstance(k, Packed) else _check)(q, k, v, mask, layer)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return dispatch.run(
@@ -63,3 +67,24 @@ def _check(q, k, v, mask, layer) -> None:
         )
     if mask.shape != (batch, slots):
         raise ValueError(f"mask has shape {mask.shape}, must be {(batch, slots)}")
+
+
+def _check_packed(q, k, v, mask, layer) -> None:
+    if not isinstance(v, Packed) or k.bits != v.bits:
+        raise ValueError(f"k is in {k.bits} bits, v must be too")
+    lead = "[B, " if layer is None else "[L, B, "
+    for name, held, last in (("k", k, "groups, tokens"), ("v", v, "slots, blocks")):
+        if held.codes.ndim != (5 if layer is None else 6):
+            raise ValueError(
+                f"{name}.codes has shape {held.codes.shape}, must be {lead}kv_heads, {last}, bytes]"
+            )
+    width = 8 // k.bits
+    *lead, groups, size, head_dim = k.codes.shape
+    slots, blocks, channels = v.codes.shape[-3:]
+    like = [*lead, slots, head_dim * width]
+    if v.codes.shape[:-3] != tuple(lead) or blocks * channels != head_dim or groups * size < slots:
+        raise ValueError(
+            f"k.codes has shape {k.codes.shape} and v.codes {v.codes.shape}, of other numbers"
+        )
+    whole = jax.ShapeDtypeStruct(tuple(like), k.step.dtype)
+    _check(q, whole, whole, mask, layer)

@@ -6,13 +6,16 @@ Written as products they would be batched over heads, and k and v transposed for
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.packed import Packed, count_heads, take_layer
+
 
 def decode_attention(q, k, v, mask, length, *, scale, layer=None):
     """See `pallas_kernels.decode_attention`."""
     del length  # `mask` says it
-    if layer is not None:
-        k, v = (jax.lax.dynamic_index_in_dim(x, layer, axis=0, keepdims=False) for x in (k, v))
-    batch, kv_heads, _, head_dim = k.shape
+    k, v = jax.tree.map(lambda held: take_layer(held, layer), (k, v))
+    (batch, slots), kv_heads, head_dim = mask.shape, count_heads(k), q.shape[-1]
+    if isinstance(k, Packed):
+        k, v = (x.decode().reshape(batch, kv_heads, -1, head_dim)[:, :, :slots] for x in (k, v))
     queries = q.reshape(batch, kv_heads, -1, 1, head_dim).astype(jnp.float32)
     keys, values = (x[:, :, None].astype(jnp.float32) for x in (k, v))
     logits = jnp.sum(queries * keys, axis=-1) * scale  # [batch, kv_heads, group, slots]

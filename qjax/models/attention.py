@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = write(cache, layer, k, v)
             if mask is not None and mask.shape[-1] != k.shape[1]:  # earlier ones too
-                if _takes_one(q, context, *more) and not cache.is_packed:
+                if _takes_one(q, context, *more):
                     return attend_one(q, cache, layer, mask, scale), cache
                 k, v = (x.astype(q.dtype) for x in read(cache, layer))
         return attend(q, k, v, context, scale, *more), cache

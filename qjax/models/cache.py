@@ -11,15 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import append_attention, decode_attention
-from qjax.models.packed_cache import (
-    BITS,
-    PackedKeys,
-    PackedValues,
-    check_kv_format,
-    place,
-    take_layer,
-)
+from pallas_kernels import append_attention, append_packed, decode_attention
+from pallas_kernels.packed import place, take_layer
+from qjax.models.packed_cache import BITS, PackedKeys, PackedValues, check_kv_format
 from qjax.models.step_linear import has_kernel
 
 
@@ -102,6 +96,8 @@ def write(cache: KVCache, layer, k: jax.Array, v: jax.Array) -> KVCache:
     `layer` is an int for a tuple cache, and may be traced for a stacked one. `valid` and `length`
     are the caller's: they move once a step, not once a layer.
     """
+    if cache.is_packed and k.shape[1] == 1:
+        return _append_packed(cache, layer, k[:, 0], v[:, 0])
     k, v = (
         _write(held, layer, new.swapaxes(1, 2), cache.length)
         for held, new in ((cache.k, k), (cache.v, v))
@@ -117,7 +113,7 @@ def read(cache: KVCache, layer) -> tuple[jax.Array, jax.Array]:
 
 
 def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> jax.Array:
-    """Attend to a layer of a float cache with the one query a row that was written last.
+    """Attend to a layer of a cache with the one query a row that was written last.
 
     Args:
         q: [B, 1, heads, head_dim].
@@ -133,6 +129,8 @@ def attend_one(q: jax.Array, cache: KVCache, layer, mask: jax.Array, scale) -> j
     index, written = layer, jnp.asarray(cache.length) + 1
     if isinstance(k, tuple):
         k, v, index = k[layer], v[layer], None
+    if isinstance(k, PackedKeys):
+        k, v = k.packed, v.packed
     return decode_attention(q[:, 0], k, v, mask, written, scale=scale, layer=index)[:, None]
 
 
@@ -173,6 +171,22 @@ def append_one(
     if is_list:
         held = [(*whole[:layer], one, *whole[layer + 1 :]) for whole, one in zip((k, v), held)]
     return out[:, None], hidden, cache._replace(k=held[0], v=held[1])
+
+
+def _append_packed(cache: KVCache, layer, k: jax.Array, v: jax.Array) -> KVCache:
+    """Write k and v [B, kv_heads, head_dim]."""
+    keys, values, index = cache.k, cache.v, layer
+    if is_list := isinstance(keys, tuple):
+        keys, values, index = keys[layer], values[layer], None
+    held = keys.packed, keys.recent, values.packed
+    codes, recent, more = append_packed(k, v, *held, cache.length, layer=index)
+    keys, values = PackedKeys(codes, recent), PackedValues(more)
+    if is_list:
+        keys, values = (
+            (*whole[:layer], one, *whole[layer + 1 :])
+            for whole, one in ((cache.k, keys), (cache.v, values))
+        )
+    return cache._replace(k=keys, v=values)
 
 
 def _write(held, layer, new: jax.Array, start):

@@ -1,5 +1,8 @@
 """Keys and values in 8 and 4 bits against numpy, and what a model says with them."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ import qjax
 from qjax.models import CausalLM, ModelConfig
 from qjax.models.cache import init_cache, read, write
 from tests.models.golden import golden_model, reference
+from tests.pallas_kernels.problems import H100
 
 BITS = {"int8": 8, "int4": 4}
 SLOTS = 200
@@ -151,6 +155,30 @@ def test_no_decoded_cache_is_written_out():
     keys_of_a_layer = 4 * 2 * 2048 * 32  # in float32
     assert memory.temp_size_in_bytes < keys_of_a_layer
     assert memory.alias_size_in_bytes == cache.nbytes
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+@pytest.mark.parametrize("kv_format", list(BITS))
+def test_kernels_read_and_write_the_codes_on_a_gpu(kv_format, scan):
+    """A step is lowered for a GPU: no number of a layer's cache is there in floating point."""
+    slots = 4096
+    model = tiny(scan_layers=scan)
+    graphdef, state = nnx.split(model)
+    cache = model.init_cache(1, slots, kv_format)._replace(length=jnp.int32(5))
+
+    def step(state, cache):
+        hidden, cache = nnx.merge(graphdef, state).hidden(jnp.ones((1, 1), jnp.int32), cache=cache)
+        return hidden, cache
+
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(auto,), abstract_device=H100)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(step).trace(state, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert "append_packed_triton" in text and "decode_attention_triton" in text
+    floats = re.findall(r"tensor<([0-9x]+)xb?f(?:16|32)>", text)
+    sizes = [math.prod(map(int, shape.split("x"))) for shape in floats]
+    # The largest are the steps and offsets of all layers, one for each 32 or 64 numbers.
+    assert max(sizes) < slots * 2 * 32  # heads, head_dim
 
 
 def test_evaluation_with_a_cache():

@@ -89,10 +89,17 @@ def test_the_kernel_lowers_for_cuda(shape, dtype):
 
 
 def test_programs_share_a_head_where_heads_are_few():
-    assert triton.choose_splits(heads=32, slots=256) == 8
-    assert triton.choose_splits(heads=64, slots=8192) == 4
-    assert triton.choose_splits(heads=8, slots=8192) == 16
-    assert triton.choose_splits(heads=1024, slots=8192) == 1
+    def splits(heads, slots, packed=False):
+        tiling = triton.choose_tiling(heads, 1, 128, packed=packed)
+        return triton.choose_splits(heads, slots, tiling)
+
+    assert splits(heads=32, slots=256) == 8
+    assert splits(heads=64, slots=8192) == 4
+    assert splits(heads=8, slots=8192) == 16
+    assert splits(heads=1024, slots=8192) == 1
+    # Programs of one warp: more of them.
+    assert splits(heads=256, slots=8192, packed=True) == 4
+    assert splits(heads=32, slots=8192, packed=True) == 16
 
 
 def appended(q, k, v, length, layer):
