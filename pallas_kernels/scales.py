@@ -1,6 +1,5 @@
 """Block scales as the kernels take them: plain float32, or double-quantized (QLoRA, section 3)."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,14 +32,6 @@ class DoubleQuantScales(NamedTuple):
     table: jax.Array
     origin: jax.Array | None = None
     pitch: int | None = None
-
-
-def taken_apart(scales: jax.Array | DoubleQuantScales) -> tuple[tuple, Callable]:
-    """Return the arrays of either form, and the function that makes the scales of such arrays."""
-    if not isinstance(scales, DoubleQuantScales):
-        return (scales,), lambda arrays: arrays[0]
-    arrays = tuple(a for a in scales[:5] if a is not None)
-    return arrays, lambda arrays: DoubleQuantScales(*arrays, pitch=scales.pitch)
 
 
 def decode_scales(scales: jax.Array | DoubleQuantScales) -> jax.Array:

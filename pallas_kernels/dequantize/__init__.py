@@ -5,7 +5,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.check import check_weight
-from pallas_kernels.dequantize.batching import with_vmap
 from pallas_kernels.scales import DoubleQuantScales
 
 
@@ -47,10 +46,13 @@ def dequantize(
         Array([-1, 1], dtype=bfloat16)
     """
     check_weight(packed, scales, codebook, block_size, layer)
-    how = {"block_size": block_size, "dtype": dtype}
-
-    def decode(packed, scales, codebook, layer):
-        args = packed, scales, codebook
-        return dispatch.run("dequantize", implementation, *args, **how, layer=layer)
-
-    return with_vmap(decode, packed, scales, codebook, layer)
+    return dispatch.run(
+        "dequantize",
+        implementation,
+        packed,
+        scales,
+        codebook,
+        block_size=block_size,
+        dtype=dtype,
+        layer=layer,
+    )

@@ -9,14 +9,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.scales import DoubleQuantScales, taken_apart
+from pallas_kernels.scales import DoubleQuantScales
 
 _STACKED = 3  # of the arrays of double-quantized scales: codes, absmax and offset
 
 
 def with_vmap(product: Callable[..., jax.Array], x, packed, scales, codebook, layer) -> jax.Array:
     """Return `product(x, packed, scales, codebook, layer)`, with a rule for vmap."""
-    arrays, rebuild = taken_apart(scales)
+    double = isinstance(scales, DoubleQuantScales)
+    arrays = tuple(a for a in scales[:5] if a is not None) if double else (scales,)
+
+    def rebuild(arrays):
+        return DoubleQuantScales(*arrays, pitch=scales.pitch) if double else arrays[0]
 
     @jax.custom_batching.custom_vmap
     def call(x, packed, arrays, codebook, layer):
@@ -29,7 +33,7 @@ def with_vmap(product: Callable[..., jax.Array], x, packed, scales, codebook, la
             y = call(x.reshape(-1, x.shape[-1]), packed, arrays, codebook, layer)
             return y.reshape(*x.shape[:2], y.shape[-1]), True
         packed_batched, arrays_batched, codebook_batched, layer_batched = weight_batched
-        count = _STACKED if isinstance(scales, DoubleQuantScales) else 1
+        count = _STACKED if double else 1
         shared = codebook_batched, arrays_batched[count:]
         if any(jax.tree.leaves(shared)):
             raise NotImplementedError("vmap of the matmul kernels shares one codebook and table")

@@ -26,6 +26,7 @@ import numpy as np
 
 from pallas_kernels.lookup import lookup
 from pallas_kernels.packing import unpack
+from pallas_kernels.reach import out_of_reach
 from pallas_kernels.scales import decode_scales
 from qjax.core.codebook import codebook
 from qjax.core.concrete import is_concrete
@@ -182,10 +183,12 @@ class QTensor:
 
 
 def _decode(q: QTensor, dtype) -> jax.Array:
-    decode = _decode_slice
+    # A kernel under vmap sees the whole stack.
+    whole = out_of_reach("packed", q.packed.size, 1) is None
+    decode = functools.partial(_decode_slice, dtype=dtype)
     for _ in q.batch_shape:
-        decode = jax.vmap(decode, in_axes=(0, None))
-    return decode(q, dtype)
+        decode = jax.vmap(decode) if whole else functools.partial(jax.lax.map, decode)
+    return decode(q)
 
 
 def _decode_slice(q: QTensor, dtype) -> jax.Array:

@@ -87,3 +87,25 @@ def test_check_refuses_what_does_not_fit(fields, message):
     q.check()
     with pytest.raises(ValueError, match=message):
         change(q, **fields).check("layer")
+
+
+@pytest.mark.parametrize("layers, one_by_one", [(16, False), (17, True), (33, False)])
+def test_a_stack_that_kernels_do_not_reach_under_vmap_is_decoded_slice_by_slice(layers, one_by_one):
+    """Triton counts up to 2**32 bytes in 32 bits, signed; a layer here has 2**27."""
+    w = jax.ShapeDtypeStruct((layers, 2**16, 4096), jnp.bfloat16)
+    q = jax.eval_shape(lambda w: qjax.quantize(w, batch_ndim=1), w)
+    assert ("scan" in str(jax.make_jaxpr(lambda q: q.dequantize())(q))) == one_by_one
+
+
+def test_decoded_slice_by_slice_a_stack_is_the_same(stack, monkeypatch):
+    want = stack.dequantize()
+    monkeypatch.setattr(qjax.core.qtensor, "out_of_reach", lambda *_: "too far")
+    np.testing.assert_array_equal(stack.dequantize(), want)
+
+
+@pytest.mark.gpu
+def test_gpu_the_last_slice_of_a_large_stack_is_decoded():
+    q = qjax.quantize(jnp.ones((2**16, 4096), jnp.bfloat16))
+    many = jax.tree.map(lambda a: jnp.zeros((17, *a.shape), a.dtype).at[-1].set(a), q)
+    got = many.dequantize()
+    assert (got[-1] == 1).all() and (got[:-1] == 0).all()

@@ -91,19 +91,6 @@ def test_stacks_that_offsets_do_not_reach(layers, reached):
     why = dequantize_triton.unsupported(packed, scales, NF4, **how, layer=1)
     assert (why is None) == reached
     assert reached or f"packed has {layers * n * k // 2} elements" in why
-    # Under vmap each slice is small, but the kernel would see the stack.
-    decode = jax.vmap(functools.partial(dequantize, **how), in_axes=(0, 0, None))
-    assert ("scan" in str(jax.make_jaxpr(decode)(packed, scales, NF4))) != reached
-
-
-def test_vmap_of_dequantize_decodes_each_slice_also_when_nested():
-    packed, scales = weight(13, 320, 64, double=True, layers=2)
-    table = jnp.asarray(NF4)
-    decode = functools.partial(dequantize, block_size=64, dtype=jnp.float32)
-    want = jnp.stack([decode(packed, scales, table, layer=i) for i in range(2)])
-    axes = 0, scales._replace(codes=0, absmax=0, offset=0, table=None), None
-    got = jax.vmap(jax.vmap(decode, axes), (0, None, None))(packed[None], scales, table)
-    np.testing.assert_array_equal(got[0], want)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -169,7 +156,3 @@ def test_gpu_dequantize_reaches_the_last_layer_of_a_large_stack(layers):
     want = jnp.asarray(NF4, jnp.bfloat16)[jnp.array([1, 15])]
     last = decode(packed, scales, jnp.asarray(NF4), layer=layers - 1)
     assert (last.reshape(-1, 2) == want).all()
-    if layers == 17:
-        every = jax.vmap(decode, in_axes=(0, 0, None))(packed, scales, jnp.asarray(NF4))
-        assert (every[:-1] == NF4[0]).all()
-        assert (every[-1].reshape(-1, 2) == want).all()
