@@ -62,7 +62,8 @@ class Layout:
         self.together = min(max(1, 16 // self.stripes), self.others)  # sums loaded at once
         self.own_stripes = math.ceil(self.stripes / self.cluster)  # that a block finishes
         self.received = (self.cluster - 1) * self.own_stripes * SUMS  # bytes, from the others
-        self.staging = tiles.stages * PACKED if self.once else 2 * SUMS
+        self.staged = "packed" if self.once else "staging"  # where
+        self.staging = tiles.stages * PACKED if self.once else 2 * SUMS  # bytes
 
     def _cluster(self) -> int:
         """The blocks of a cluster."""

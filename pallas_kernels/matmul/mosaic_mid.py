@@ -26,7 +26,8 @@ from pallas_kernels import mosaic_table as pair_table
 from pallas_kernels.matmul.config import PANEL, MidTiles
 from pallas_kernels.matmul.mid_layout import WARPS, Layout
 from pallas_kernels.matmul.mosaic_low_rank import LowRank
-from pallas_kernels.matmul.mosaic_mid_result import Result, by_fours, flat
+from pallas_kernels.matmul.mosaic_mid_result import Result
+from pallas_kernels.matmul.mosaic_mid_sums import Sums, by_fours, flat
 from pallas_kernels.matmul.mosaic_panels import CHUNK, LanePanels
 from pallas_kernels.matmul.mosaic_x import XRing
 from pallas_kernels.matmul.problem import OPERANDS, Operands, Problem
@@ -46,7 +47,8 @@ class _Block:
         self.share = mg.Int(layout.blocks - 1) - mg.block_index()
         self.first, self.end = layout.begin(self.share), layout.begin(self.share + 1)
         self.count = self.team_panels(self.end)
-        self.result = Result(problem, layout, refs, out, sums, scratch, self.share, self.warp)
+        self.sums = Sums(layout, sums, scratch, self.share, self.warp)
+        self.result = Result(problem, layout, refs, out, scratch, self.sums.rank, self.warp)
         self.codebook = mem.global_address(refs.codebook)
         self.adapter = LowRank(problem, refs, self.ring.layer) if problem.rank else None
         self.table = mem.shared_address(scratch["table"])
@@ -143,17 +145,17 @@ class _Block:
         acc = mg.loop(stop - start, acc, lambda i, acc: self.run_panel(start + i, acc))
         acc = self.add_adapter(acc, adapter)
         if self.layout.cluster > 1:
-            self.result.store(self.result.exchange_blocks(acc), tile)
+            self.result.store(self.sums.exchange_blocks(acc), tile)
             return
         if not self.layout.splits:
-            self.result.store(self.result.exchange(acc), tile)
+            self.result.store(self.sums.exchange(acc), tile)
             return
         last = self.layout.share_of(tail - 1)
         others = mg.select(self.end < tail, last - self.share, 0)
         mg.branch(
             begins,
-            lambda: self.result.finish(acc, others, tile),
-            lambda: self.result.leave_sums(acc),
+            lambda: self.result.store(self.sums.gather(acc, others), tile),
+            lambda: self.sums.leave(acc),
         )
 
     # What is added
@@ -188,7 +190,7 @@ class _Block:
             for part in range(first_parts):
                 self.copy_x(part)
         with mg.when(mg.both(first_lane, self.team.equals(0))):
-            self.result.initialize()
+            self.sums.initialize()
         mg.sync_warp()
         self.copy_panel(mg.Int(0))
         pair_table.build(self.table, code, self.problem.dtype, WARPS, self.layout.pitch)
