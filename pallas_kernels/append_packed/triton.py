@@ -51,11 +51,12 @@ def unsupported(k, v, keys, recent, values, slot, *, layer=None) -> str | None:
 def _kernel(layer_ref, slot_ref, k_ref, v_ref, recent_ref, *refs, bits):
     layer, head, slot = layer_ref[0], pl.program_id(0), slot_ref[0]
     recent_out, *refs = refs[6:]
-    _encode_group(k_ref, recent_ref, recent_out, refs[:3], layer, head, slot, bits)
-    _encode_value(v_ref, refs[3:], layer, head, slot, bits)
+    exists = slot < refs[3].shape[2]  # behind the last slot there is other memory
+    _encode_group(k_ref, recent_ref, recent_out, refs[:3], layer, head, slot, bits, exists)
+    _encode_value(v_ref, refs[3:], layer, head, slot, bits, exists)
 
 
-def _encode_group(k_ref, recent_ref, recent_out, refs, layer, head, slot, bits):
+def _encode_group(k_ref, recent_ref, recent_out, refs, layer, head, slot, bits, exists):
     codes_ref, *scale_refs = refs
     size, offset = recent_ref.shape[2], slot % recent_ref.shape[2]
     word = jnp.arange(pl.next_power_of_2(codes_ref.shape[3]), dtype=jnp.int32)
@@ -70,14 +71,14 @@ def _encode_group(k_ref, recent_ref, recent_out, refs, layer, head, slot, bits):
         keys = jnp.where(index < offset, earlier, new.astype(jnp.float32)[None])
         scales = fit(jnp.min(keys, axis=0), jnp.max(keys, axis=0), bits)
         codes.append(scaled(keys, *(x[None] for x in scales), bits))
-        plt.store(recent_out.at[layer, head, offset, column], new, mask=inside)
+        plt.store(recent_out.at[layer, head, offset, column], new, mask=inside & exists)
         for ref, x in zip(scale_refs, scales):
-            plt.store(ref.at[layer, head, slot // size, column], x, mask=inside)
+            plt.store(ref.at[layer, head, slot // size, column], x, mask=inside & exists)
     place = codes_ref.at[layer, head, slot - offset + index, word[None]]
-    plt.store(place, _join(codes), mask=jnp.broadcast_to(inside[None], index.shape))
+    plt.store(place, _join(codes), mask=jnp.broadcast_to(inside & exists, index.shape))
 
 
-def _encode_value(v_ref, refs, layer, head, slot, bits):
+def _encode_value(v_ref, refs, layer, head, slot, bits, exists):
     codes_ref, *scale_refs = refs
     blocks, size = codes_ref.shape[3:]
     tile = pl.next_power_of_2(blocks), pl.next_power_of_2(size)
@@ -89,10 +90,10 @@ def _encode_value(v_ref, refs, layer, head, slot, bits):
     highest = functools.reduce(jnp.maximum, [jnp.where(inside, x, -_HIGHEST) for x in values])
     scales = fit(jnp.min(lowest, axis=1), jnp.max(highest, axis=1), bits)
     codes = [scaled(x, *(scale[:, None] for scale in scales), bits) for x in values]
-    plt.store(codes_ref.at[layer, head, slot, block, word], _join(codes), mask=inside)
+    plt.store(codes_ref.at[layer, head, slot, block, word], _join(codes), mask=inside & exists)
     first = jnp.arange(tile[0], dtype=jnp.int32)
     for ref, x in zip(scale_refs, scales):
-        plt.store(ref.at[layer, head, slot, first], x, mask=first < blocks)
+        plt.store(ref.at[layer, head, slot, first], x, mask=(first < blocks) & exists)
 
 
 def _join(codes) -> jax.Array:

@@ -228,6 +228,7 @@ def _kernel(
             plt.store(low_refs[0].at[part, g, rank], low, mask=rank < low_refs[0].shape[2])
             a = following
     # The only program that has read this slot, and put the new token in its place, writes it.
-    writes = (lane < head_dim) & ((count - 1) % splits == split)
+    # Behind the last slot there is other memory.
+    writes = (lane < head_dim) & ((count - 1) % splits == split) & (length <= slots)
     for ref, x in zip(cache_refs, new):
         plt.store(ref.at[layer, head, length - 1, lane], x, mask=writes)

@@ -122,9 +122,11 @@ class CausalLM(Pretrained):
         """Return the normed stream [B, T, hidden] and the cache with these tokens appended.
 
         With a cache, `ids` take the next T slots and also attend to the valid slots before them.
+        Under `jit` it is for the caller to see that there are T: there the length is not known.
 
         Raises:
-            ValueError: `segment_ids` of another shape than ids, or with a cache.
+            ValueError: `segment_ids` of another shape than ids, or with a cache; more tokens than
+                the cache has slots left, where its length is known.
         """
         if attention_mask is not None:
             attention_mask = attention_mask != 0

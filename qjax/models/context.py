@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from qjax.core.concrete import is_concrete
 from qjax.models.alibi import alibi
 from qjax.models.cache import KVCache
 from qjax.models.config import FULL, SLIDING, ModelConfig
@@ -111,11 +113,21 @@ def _real_slots(length, attention_mask, cache):
     if cache is None:
         real = jnp.ones((1, length), jnp.bool_) if attention_mask is None else attention_mask
         return real, 0, None
+    taken = _taken(cache)
+    if taken + length > cache.slots:
+        slots = f"the cache has {cache.slots} slots, {taken} of them taken"
+        raise ValueError(f"ids have {length} tokens, and {slots}")
     rows = cache.valid.shape[0]
     new = jnp.ones((rows, length), jnp.bool_) if attention_mask is None else attention_mask
     valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, cache.length, axis=1)
     moved = cache._replace(valid=valid)
     return (new, 0, moved) if cache.is_fresh else (valid, cache.length, moved)
+
+
+def _taken(cache: KVCache) -> int:
+    """Return how many slots are taken, as far as is known: 0 while the length is traced."""
+    length = cache.length
+    return int(length) if isinstance(length, np.generic) or is_concrete(length) else 0
 
 
 def _order(real: jax.Array) -> jax.Array:

@@ -163,3 +163,13 @@ def test_tokens_may_be_lists():
     np.testing.assert_array_equal(model(ids), model(array))
     one, other = (model.generate(x, max_new_tokens=2) for x in (ids, array))
     np.testing.assert_array_equal(one, other)
+
+
+def test_more_tokens_than_the_cache_has_slots_are_refused():
+    model = golden_model("llama")
+    with pytest.raises(ValueError, match="ids have 5 tokens, and the cache has 4 slots, 0 of them"):
+        model.hidden(np.ones((1, 5), np.int32), cache=model.init_cache(1, 4))
+    _, cache = model.hidden(np.ones((1, 3), np.int32), cache=model.init_cache(1, 4))
+    _, cache = model.hidden(np.ones((1, 1), np.int32), cache=cache)
+    with pytest.raises(ValueError, match="ids have 1 tokens, and the cache has 4 slots, 4 of"):
+        model.hidden(np.ones((1, 1), np.int32), cache=cache)

@@ -67,6 +67,15 @@ def test_a_token_joins_the_cache(shape, bits):
         check(found, *held, shape[-1], layer)
 
 
+def test_a_token_behind_the_last_slot_is_written_nowhere():
+    """There is other memory."""
+    _, _, slots, *_ = SHAPES[0]
+    held = arrays(SHAPES[0], 8, None)
+    found = triton.append_packed(*held, slots, interpret=True)
+    for mine, was in zip(jax.tree.leaves(found), jax.tree.leaves((held[2], *held[3:]))):
+        np.testing.assert_array_equal(mine, was)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_kernel_lowers_for_cuda(shape, bits):

@@ -172,6 +172,17 @@ def test_a_new_token_joins_the_cache(shape, layers):
         check_hidden(hidden, a, layer, expected(*want, mask, 0.3), ROUNDINGS)
 
 
+@pytest.mark.gpu
+def test_a_new_token_behind_the_last_slot_is_written_nowhere_on_a_gpu():
+    """There is the next head; the interpreter would write nothing in any case."""
+    q, k, v, mask = problem(1, 2, 2, 64, 16, length=64)
+    (qkv, cos, sin), _ = appended(q, k, v, 64, None)
+    arrays = qkv, k, v, mask, 65, cos, sin
+    _, _, *held = append_attention(*arrays, scale=0.3, implementation="triton")
+    for mine, was in zip(held, (k, v)):
+        np.testing.assert_array_equal(mine, was)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
