@@ -35,7 +35,7 @@ def dequantize(packed, scales, codebook, *, block_size, dtype, layer=None, inter
 
 def unsupported(packed, scales, codebook, *, block_size, dtype, layer=None) -> str | None:
     """Why these arguments cannot run, or None."""
-    if why := out_of_reach("packed", packed.size, 1):
+    if why := out_of_reach(packed.size):
         return why
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"dtype is {jnp.dtype(dtype)}; the kernel writes bfloat16, float16 and float32"

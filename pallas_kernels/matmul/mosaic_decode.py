@@ -1,8 +1,8 @@
 """Hopper matmul for decoding, M <= 16: each packed byte is read once, at the speed of the memory.
 
 A block holds one slice of K (a "slab", split among its warps in panels of 256) and walks over tiles
-of 16 weight rows; two slabs are the blocks of a cluster. A byte becomes a pair of 16-bit codes by
-one shared-memory lookup, m16n8k16 products accumulate a scale block, and the block sum is
+of 16 weight rows; several slabs are the blocks of a cluster. A byte becomes a pair of 16-bit codes
+by one shared-memory lookup, m16n8k16 products accumulate a scale block, and the block sum is
 multiplied by its float32 scale. Sums have a fixed order.
 """
 

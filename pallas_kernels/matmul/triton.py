@@ -56,7 +56,7 @@ def unsupported(
         return f"x is {x.dtype}; the kernel multiplies bfloat16, float16 and float32"
     if block_size & (block_size - 1):
         return f"block_size is {block_size}; the kernel needs a power of two"
-    if why := out_of_reach("packed", packed.size, 1):
+    if why := out_of_reach(packed.size):
         return why
     return None
 

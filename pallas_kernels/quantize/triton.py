@@ -46,7 +46,7 @@ def quantize(w, codebook, *, block_size, interpret=False):
 
 def unsupported(w, codebook, *, block_size) -> str | None:
     """Why these arguments cannot run, or None."""
-    if why := out_of_reach("packed", w.size // 2, 1):
+    if why := out_of_reach(w.size // 2):
         return why
     if w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"w is {w.dtype}; the kernel reads bfloat16, float16 and float32"

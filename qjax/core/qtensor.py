@@ -184,7 +184,7 @@ class QTensor:
 
 def _decode(q: QTensor, dtype) -> jax.Array:
     # A kernel under vmap sees the whole stack.
-    whole = out_of_reach("packed", q.packed.size, 1) is None
+    whole = out_of_reach(q.packed.size) is None
     decode = functools.partial(_decode_slice, dtype=dtype)
     for _ in q.batch_shape:
         decode = jax.vmap(decode) if whole else functools.partial(jax.lax.map, decode)

@@ -90,7 +90,7 @@ def test_stacks_that_offsets_do_not_reach(layers, reached):
     how = dict(block_size=64, dtype=jnp.bfloat16)
     why = dequantize_triton.unsupported(packed, scales, NF4, **how, layer=1)
     assert (why is None) == reached
-    assert reached or f"packed has {layers * n * k // 2} elements" in why
+    assert reached or f"packed has {layers * n * k // 2} bytes" in why
 
 
 @pytest.mark.parametrize("double", [False, True])
