@@ -179,10 +179,11 @@ def _quantize_slice(format, block_size, contract_axes, w):
 def _quantize_line(line, table: np.ndarray, block_size: int):
     """Quantize [size] in blocks, the last of which may be short."""
     full = line.size // block_size * block_size
-    packed, absmax = quantize_rows(
-        line[:full].reshape(-1, block_size), table, block_size=block_size
-    )
-    packed, absmax = packed.reshape(-1), absmax.reshape(-1)
+    packed, absmax = jnp.zeros(0, jnp.uint8), jnp.zeros(0, jnp.float32)
+    if full:
+        blocks = line[:full].reshape(-1, block_size)
+        encoded = quantize_rows(blocks, table, block_size=block_size)
+        packed, absmax = (a.reshape(-1) for a in encoded)
     if full == line.size:
         return packed, absmax
     # In a short block bitsandbytes divides, and stores the guarded absmax.
