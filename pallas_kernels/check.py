@@ -28,6 +28,8 @@ def check_weight(
         raise TypeError(f"packed must be uint8 and is {packed.dtype}")
     if packed.ndim != rank:
         raise ValueError(f"packed must be [{stack}N, K // 2] and has shape {packed.shape}")
+    if packed.size == 0:
+        raise ValueError(f"packed must not be empty and has shape {packed.shape}")
     if codebook.shape != (16,):
         raise ValueError(f"codebook must have 16 entries and has shape {codebook.shape}")
     rows, columns = packed.shape[-2], 2 * packed.shape[-1]

@@ -35,7 +35,8 @@ class Packed:
         """Encode float x, with a step and a low for all along an axis."""
         x = x.astype(jnp.float32)
         ends = jnp.min(x, axis, keepdims=True), jnp.max(x, axis, keepdims=True)
-        step, low = fit(*ends, bits)
+        # XLA on a GPU would leave out their rounding, and codes would not fit what is stored.
+        step, low = jax.lax.optimization_barrier(fit(*ends, bits))
         codes = jnp.round(scaled(x, step, low, bits)).astype(jnp.uint8)
         return cls(codes if bits == 8 else pack(codes), step, low, bits)
 

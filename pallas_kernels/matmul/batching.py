@@ -28,6 +28,8 @@ def with_vmap(product: Callable[..., jax.Array], x, packed, scales, codebook, la
 
     @call.def_vmap
     def _(size, batched, x, packed, arrays, codebook, layer):
+        # Outside a trace NumPy arrays come as they are, and cannot be indexed by a tracer.
+        x, packed, arrays, layer = jax.tree.map(jnp.asarray, (x, packed, arrays, layer))
         x_batched, *weight_batched = batched
         if not any(jax.tree.leaves(weight_batched)):
             y = call(x.reshape(-1, x.shape[-1]), packed, arrays, codebook, layer)

@@ -42,8 +42,8 @@ def quantize(
     """
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w must be floating point and is {w.dtype}")
-    if w.ndim != 2:
-        raise ValueError(f"w must be [N, K] and has shape {w.shape}")
+    if w.ndim != 2 or w.size == 0:
+        raise ValueError(f"w must be [N, K], not empty, and has shape {w.shape}")
     codebook = np.asarray(codebook, np.float32)
     if codebook.shape != (16,):
         raise ValueError(f"codebook must have 16 entries and has shape {codebook.shape}")

@@ -18,6 +18,7 @@ from pallas_kernels.scales import DoubleQuantScales, decode_scales
 from qjax.core.placement import padded
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def decode_rows(
     packed: jax.Array,
     scales: jax.Array | DoubleQuantScales,
@@ -25,12 +26,23 @@ def decode_rows(
     block_size: int,
     dtype: Any,
 ) -> jax.Array:
-    """Return `pallas_kernels.dequantize` of a slice, dtype [N, K], partitioned on a mesh."""
+    """Return `pallas_kernels.dequantize` of a slice, dtype [N, K], partitioned on a mesh.
+
+    Its derivative, by scales and table, is that of XLA's decoding: kernels have none. `scales` are
+    those of a whole weight, without a pitch.
+    """
     how = {"block_size": block_size, "dtype": dtype}
     chosen = pallas_kernels.resolve("dequantize", None, packed, scales, table, **how)
     if jax.device_count() == 1 or chosen.implementation == "xla":
         return pallas_kernels.dequantize(packed, scales, table, **how)
     return partitioned(block_size, dtype)(packed, decode_scales(scales), table)
+
+
+@decode_rows.defjvp
+def _(block_size, dtype, operands, tangents):
+    how = {"block_size": block_size, "dtype": dtype, "implementation": "xla"}
+    _, tangent = jax.jvp(functools.partial(pallas_kernels.dequantize, **how), operands, tangents)
+    return decode_rows(*operands, block_size, dtype), tangent
 
 
 @functools.cache

@@ -38,7 +38,8 @@ def _llm_int8(x: jax.Array, codes: jax.Array, step: jax.Array, threshold: float)
     scale for each row of x that leaves the outliers out. As in bitsandbytes, x of any dtype is
     rounded to float16 first.
     """
-    half = jnp.clip(x, -_HALF, _HALF).astype(jnp.float16)
+    # XLA on a GPU would leave out a rounding that is undone.
+    half = jax.lax.optimization_barrier(jnp.clip(x, -_HALF, _HALF).astype(jnp.float16))
     outlier = jnp.abs(half) >= np.float16(threshold)
     column = outlier.any(axis=0)
     kept = jnp.where(outlier, 0, half.astype(jnp.float32))

@@ -7,6 +7,7 @@ import pytest
 
 import qjax
 from qjax.core.codebook import CODEBOOKS
+from tests.pallas_kernels.problems import lower
 
 
 def nearest(blocks, table):
@@ -78,6 +79,12 @@ def test_stacked_weights_are_their_slices(rng, shape, double_quant):
             np.testing.assert_array_equal, jax.tree.map(lambda a, index=index: a[index], q), one
         )
         np.testing.assert_array_equal(q.dequantize()[index], one.dequantize())
+
+
+def test_a_kernel_gets_whole_blocks_alone():
+    kernel = "quantize_4bit_triton"
+    assert kernel in lower(qjax.quantize, jax.ShapeDtypeStruct((70,), jnp.float32))
+    assert kernel not in lower(qjax.quantize, jax.ShapeDtypeStruct((60,), jnp.float32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import qjax
+from tests.pallas_kernels.problems import lower
 
 CONFIGS = [qjax.QuantConfig(double_quant=False), qjax.QuantConfig()]
 
@@ -101,3 +102,22 @@ def test_decoded_slice_by_slice_a_stack_is_the_same(stack, monkeypatch):
     want = stack.dequantize()
     monkeypatch.setattr(qjax.core.qtensor, "out_of_reach", lambda *_: "too far")
     np.testing.assert_array_equal(stack.dequantize(), want)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=["plain", "double"])
+def test_scales_have_a_gradient_where_kernels_decode_too(cfg, rng, monkeypatch):
+    w = jnp.asarray(rng.standard_normal((128, 6)), jnp.float32)
+    q = qjax.quantize(w, cfg)
+    g = jnp.asarray(rng.standard_normal(w.shape), jnp.float32)
+    grad = jax.value_and_grad(lambda q: jnp.vdot(q.dequantize(), g), allow_int=True)
+    # A weight is code * scale: what its code is times g, summed over the block. Of the scales
+    # of double quantization the sum of all is that of the offset, which is added to each.
+    codes = np.stack([q.packed >> 4, q.packed & 15], -1).reshape(6, 2, 64)
+    of_scales = (np.float64(q.codebook)[codes] * np.float64(g.T).reshape(6, 2, 64)).sum(-1)
+    got, want = grad(q)[1].scales, of_scales
+    if cfg.double_quant:
+        got, want = got.offset, of_scales.sum()
+    # float32 sums of 64, and of 12 blocks.
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert "dequantize_4bit_triton" in lower(grad, q)

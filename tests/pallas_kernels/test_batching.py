@@ -64,3 +64,11 @@ def test_nested_batches_and_a_layer_of_each():
     for i in range(2):
         for j in range(2):
             check(y[i, j], x[i, j], packed, scales, 6 * i + 3 * j + int(layer[j]))
+
+
+def test_numpy_arrays_outside_jit():
+    packed, scales = weight(N, K, BLOCK, layers=3)
+    x, layer = np.asarray(rows(3, 2, K)), np.array([2, 0, 1], np.int32)
+    y = jax.vmap(one, in_axes=(0, None, None, 0))(x, np.asarray(packed), np.asarray(scales), layer)
+    for i in range(3):
+        check(y[i], x[i], packed, scales, layer[i])

@@ -110,6 +110,11 @@ def test_a_layer_of_a_stack_is_that_layer(weight):
         (dict(x=jnp.ones((2, N))), ValueError, r"x must be \[M, K\] = \[M, 64\]"),
         (dict(x=jnp.ones((2, K), jnp.int32)), TypeError, "x must be floating point and is int32"),
         (dict(block_size=48), ValueError, "block_size is 48, which does not divide K = 64"),
+        (
+            dict(packed=jnp.zeros((0, K // 2), jnp.uint8)),
+            ValueError,
+            r"packed must not be empty and has shape \(0, 32\)",
+        ),
         (dict(layer=0), ValueError, r"packed must be \[L, N, K // 2\]"),
     ],
 )
