@@ -1,9 +1,9 @@
 """decode_attention on Pallas-Triton: k and v are read once, up to the last slot in use.
 
 A program owns a key-value head of a row with all its queries, and walks along the slots in tiles
-with a running maximum and sum (arXiv:2112.05682): by tensor cores in `products`, or, for packed keys
-of few queries, in `rows`. Where rows and heads are too few to fill the GPU, several programs share
-the tiles of one head, and `combine` adds their parts (arXiv:2311.01282).
+with a running maximum and sum (arXiv:2112.05682): by tensor cores in `products`, or in `rows` where
+keys are packed and of few queries. Where rows and heads are too few to fill the GPU, several
+programs share the tiles of one head, and `combine` adds their parts (arXiv:2311.01282).
 """
 
 import functools
@@ -117,9 +117,9 @@ def choose_tiling(heads: int, group: int, head_dim: int, held: int | jnp.dtype) 
     few, wide = heads < FEW_HEADS, max(1, width // 128)  # a warp has sums of 128 channels
     if not isinstance(held, int):
         size = width * held.itemsize
-        rows = max(16, 32 * 256 // max(256, size)) if few else 16
+        slots = max(16, 32 * 256 // max(256, size)) if few else 16
         stages = 3 if size <= 512 else 2  # what fits in the shared memory of other GPUs too
-        return Tiling(4 if few else wide, rows, 1, stages, *((528, 32) if few else (1056, 16)))
+        return Tiling(4 if few else wide, slots, 1, stages, *((528, 32) if few else (1056, 16)))
     if not few:
         return Tiling(wide, 128 // held, 1, 3, 1056, 16)
     return Tiling(4, 64, 1, 3, 528, 16) if held == 8 else Tiling(2 * wide, 32, 1, 3, 1056, 16)
@@ -132,9 +132,9 @@ def _choose_rows(heads: int, group: int, width: int) -> Tiling:
     programs, splits = 1056, 16
     warps = 1 if heads * splits >= programs else 4
     channels = 16  # of a thread, which holds their sums for each query
-    rows = max(1, min(32 * warps * channels // width, GROUP // 2))
-    passes = min(GROUP // rows, max(4, 8 // group))
-    return Tiling(warps, rows, passes, 1, programs, splits)
+    slots = max(1, min(32 * warps * channels // width, GROUP // 2))
+    passes = min(GROUP // slots, max(4, 8 // group))
+    return Tiling(warps, slots, passes, 1, programs, splits)
 
 
 def choose_splits(heads: int, slots: int, tiling: Tiling) -> int:
