@@ -8,13 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode_attention.tiles import FloatTiles, PackedTiles, lanes, read
-
-_LOWEST = float(np.finfo(np.float32).min)
+from pallas_kernels.decode_attention.tiles import LOWEST, FloatTiles, PackedTiles, lanes, read
 
 
 def product_dtype(q, held):
@@ -83,7 +80,7 @@ def kernel(
 
     a = [load_a(0)] if adapts else []  # early, for its latency
     sums = [jnp.zeros((len(query), len(column)), jnp.float32) for column in tiles.value_columns]
-    top, total, new = jnp.full_like(sums[0][:, 0], _LOWEST), jnp.zeros_like(sums[0][:, 0]), []
+    top, total, new = jnp.full_like(sums[0][:, 0], LOWEST), jnp.zeros_like(sums[0][:, 0]), []
     if appends:
         # The new token begins the sums of one program, which writes it: none reads its slot.
         one = jnp.arange(1, dtype=jnp.int32)
@@ -113,7 +110,7 @@ def kernel(
         _, slot, used = slots_of(i)
         seen, (keys, values) = seen[None], tiles.load(slot, used, scales)
         products = [_product(x, held.T, interpret) for x, held in zip(queries, keys)]
-        logits = jnp.where(seen, scale * functools.reduce(jnp.add, products), _LOWEST)
+        logits = jnp.where(seen, scale * functools.reduce(jnp.add, products), LOWEST)
         new_top = jnp.maximum(top, jnp.max(logits, axis=1))
         factor = jnp.exp(top - new_top)
         # There may be no slot that is seen: its exponentials are not 1 but nothing.

@@ -10,13 +10,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode_attention.tiles import read, word_columns
-
-_LOWEST = float(np.finfo(np.float32).min)
+from pallas_kernels.decode_attention.tiles import LOWEST, read, word_columns
 
 
 def kernel(
@@ -52,7 +49,7 @@ def kernel(
         tiles.load(first, each, [x < jnp.minimum(slots, length) for x in each])
         out = []
         for query, (sums, top, total) in zip(queries, carry):
-            logits = [jnp.where(s, x, _LOWEST) for s, x in zip(seen, tiles.dot(query))]
+            logits = [jnp.where(s, x, LOWEST) for s, x in zip(seen, tiles.dot(query))]
             new_top = functools.reduce(jnp.maximum, logits, top)
             factor = jnp.exp(top - new_top)
             # There may be no slot that is seen: its exponentials are not 1 but nothing.
@@ -87,7 +84,7 @@ class RowTiles:
         """Return the sums of values by columns and of their offsets, of a maximum and weights."""
         sums = jnp.zeros((rows, *self.tile), jnp.float32)
         sums = [sums for _ in self.columns] + [jnp.zeros((rows, self.tile[0]), jnp.float32)]
-        return sums, jnp.full((rows,), _LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32)
+        return sums, jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32)
 
     def load(self, first, slots, used) -> None:
         """Load slots [rows] of each pass from the first one on, those in use, all of one group."""

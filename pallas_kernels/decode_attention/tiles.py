@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.packed import Packed
 
+LOWEST = float(np.finfo(np.float32).min)  # of logits that are not seen
 MIN_SIDE = 16  # of a product by tensor cores
 
 
