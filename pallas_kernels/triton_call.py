@@ -16,6 +16,7 @@ def triton_call(
     interpret: bool,
     name: str,
     warps: int = NUM_WARPS,
+    stages: int = 1,
     aliases: dict[int, int] | None = None,
 ):
     """A kernel over a grid of programs, by Pallas-Triton; `interpret` runs its jnp anywhere.
@@ -29,7 +30,7 @@ def triton_call(
         kernel,
         grid=(grid,),
         out_shape=out_shape,
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         input_output_aliases=aliases or {},
         interpret=interpret,
         name=name,

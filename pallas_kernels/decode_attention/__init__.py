@@ -33,7 +33,8 @@ def decode_attention(
         implementation: None for the fastest that can run; "xla" or "triton".
 
     Returns:
-        [B, heads, head_dim] in q's dtype.
+        [B, heads, head_dim] in q's dtype. A kernel rounds the softmax to the type in which it
+        multiplies: that of q and k, or float16 for codes where q is not float32.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown implementation.

@@ -1,7 +1,7 @@
 """The parts of the attention's heads that several programs computed, added up by one kernel.
 
-A program adds up a query head; with an adapter, further ones a row's product with A, whose parts
-are products of the heads' parts.
+A program adds up a query head; with an adapter, further ones some columns of a row's product with
+A, whose parts are products of the heads' parts.
 """
 
 import functools
@@ -12,6 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.triton_call import triton_call
+
+TILE = 8192  # numbers of a program: 64 a thread
 
 
 def combine(sums, tops, totals, low, factor, dtype, *, batch, splits, interpret):
@@ -25,63 +27,68 @@ def combine(sums, tops, totals, low, factor, dtype, *, batch, splits, interpret)
     """
     _, group, head_dim = sums.shape
     heads = len(sums) // splits * group // batch
-    inputs, programs = [sums, tops, totals], batch * heads
+    inputs, programs, ranks = [sums, tops, totals], batch * heads, 0
     out_shape = [jax.ShapeDtypeStruct((batch, heads, head_dim), dtype)]
     if low is not None:
         inputs.append(low)
-        programs += batch
+        ranks = pl.next_power_of_2(low.shape[-1])
+        ranks = max(1, min(ranks, TILE // (splits * pl.next_power_of_2(heads))))
+        programs += batch * pl.cdiv(low.shape[-1], ranks)
         out_shape.append(jax.ShapeDtypeStruct((batch, low.shape[-1]), dtype))
     found = triton_call(
-        functools.partial(_kernel, splits=splits, factor=factor),
+        functools.partial(_kernel, splits=splits, ranks=ranks, factor=factor),
         grid=programs,
         out_shape=out_shape,
         interpret=interpret,
         name="combine_attention_triton",
+        # One warp has nothing to exchange; more splits by it would be too many registers.
+        warps=1 if splits <= 4 and low is None else 4,
     )(*inputs)
     return found[0], found[1] if low is not None else None
 
 
-def _kernel(sums_ref, tops_ref, totals_ref, *refs, splits, factor):
+def _kernel(sums_ref, tops_ref, totals_ref, *refs, splits, ranks, factor):
     low_ref, out_ref, hidden_ref = refs if len(refs) == 3 else (None, *refs, None)
     batch, heads, head_dim = out_ref.shape
     group = sums_ref.shape[1]
 
     def add(ref, head, column, inside):
-        """The sum of a head's parts, each by its weight; `head` may be an array."""
-        part, query = head // group * splits, head % group
-
-        def load(ref, *place):
-            return plt.load(ref.at[place], mask=inside, other=0.0)
-
+        """The sums of heads [n] at columns [m], each part by its weight: [n, m]."""
+        part = jax.lax.broadcasted_iota(jnp.int32, (splits, len(head)), 0)
+        place = (head // group * splits)[None] + part, (head % group)[None]
         # All loads before the first use.
-        tops = [load(tops_ref, part + i, query) for i in range(splits)]
-        totals = [load(totals_ref, part + i, query) for i in range(splits)]
-        values = [load(ref, part + i, query, column) for i in range(splits)]
-        top = functools.reduce(jnp.maximum, tops)
-        weights = [jnp.exp(x - top) for x in tops]
-        total = sum(x * w for x, w in zip(totals, weights))
+        within = jnp.broadcast_to((head < batch * heads)[None], part.shape)
+        tops, totals = (
+            plt.load(x.at[place], mask=within, other=0.0) for x in (tops_ref, totals_ref)
+        )
+        place = *(x[:, :, None] for x in place), column[None, None]
+        mask = jnp.broadcast_to(inside[None], (splits, *inside.shape))
+        values = plt.load(ref.at[place], mask=mask, other=0.0)
+        top = jnp.max(tops, axis=0)
+        weights = jnp.exp(tops - top[None])
+        total = jnp.sum(totals * weights, axis=0)
         # A row that sees no slot gives zeros.
-        return sum(x * w for x, w in zip(values, weights)) / jnp.maximum(total, 1e-30)
+        return jnp.sum(values * weights[:, :, None], axis=0) / jnp.maximum(total, 1e-30)[:, None]
 
     program = pl.program_id(0)
 
     @pl.when(program < batch * heads)
     def _():
-        lane = jax.lax.broadcasted_iota(jnp.int32, (pl.next_power_of_2(head_dim),), 0)
-        head, inside = jnp.full_like(lane, program), lane < head_dim
-        place = out_ref.at[program // heads, program % heads, lane]
+        lane = jnp.arange(pl.next_power_of_2(head_dim), dtype=jnp.int32)
+        head, inside = program + jnp.arange(1, dtype=jnp.int32), (lane < head_dim)[None]
+        place = out_ref.at[program // heads, program % heads, lane[None]]
         plt.store(place, add(sums_ref, head, lane, inside).astype(out_ref.dtype), mask=inside)
 
     if low_ref is None or hidden_ref is None:
         return
-    ranks = low_ref.shape[2]
-    tile = pl.next_power_of_2(heads), pl.next_power_of_2(ranks)
 
     @pl.when(program >= batch * heads)
     def _():
-        row, rank = program - batch * heads, jnp.arange(tile[1], dtype=jnp.int32)
-        head, column = (jax.lax.broadcasted_iota(jnp.int32, tile, axis) for axis in (0, 1))
-        inside = (head < heads) & (column < ranks)
-        parts = add(low_ref, row * heads + head, column, inside)
-        hidden = factor * jnp.sum(parts, axis=0)
-        plt.store(hidden_ref.at[row, rank], hidden.astype(hidden_ref.dtype), mask=rank < ranks)
+        parts = pl.cdiv(low_ref.shape[2], ranks)
+        row, part = (program - batch * heads) // parts, (program - batch * heads) % parts
+        head = jnp.arange(pl.next_power_of_2(heads), dtype=jnp.int32)
+        rank = part * ranks + jnp.arange(ranks, dtype=jnp.int32)
+        inside = (head < heads)[:, None] & (rank < low_ref.shape[2])[None]
+        found = jnp.where(inside, add(low_ref, row * heads + head, rank, inside), 0.0)
+        hidden = (factor * jnp.sum(found, axis=0)).astype(hidden_ref.dtype)
+        plt.store(hidden_ref.at[row, rank], hidden, mask=rank < low_ref.shape[2])

@@ -59,6 +59,14 @@ def test_attention_agrees_with_float64(shape, layers):
         np.testing.assert_allclose(y, expected(q, *own, mask, 0.3), atol=ROUNDINGS)
 
 
+def test_products_of_bfloat16_agree_with_float64():
+    q, k, v, mask = problem(3, 6, 1, 320, 32, length=300, dtype=jnp.bfloat16)
+    y = triton.decode_attention(q, k, v, mask, 300, scale=0.3, interpret=True)
+    # Weights and the result are rounded to 2^-9 each.
+    error = np.abs(np.asarray(y, np.float64) - expected(q, k, v, mask, 0.3))
+    assert error.max() < 2**-8
+
+
 def test_slots_after_the_length_are_not_read():
     q, k, v, mask = problem(1, 2, 2, 256, 16, length=70)
     poisoned = [x.at[:, :, 70:].set(jnp.nan) for x in (k, v)]
@@ -73,7 +81,7 @@ def test_a_part_without_a_slot_that_is_seen_adds_nothing():
     np.testing.assert_allclose(y, expected(q, k, v, mask, 0.25), atol=ROUNDINGS)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 8, 4, 300, 256, 290)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernel_lowers_for_cuda(shape, dtype):
     *sizes, length = shape
@@ -89,17 +97,20 @@ def test_the_kernel_lowers_for_cuda(shape, dtype):
 
 
 def test_programs_share_a_head_where_heads_are_few():
-    def splits(heads, slots, packed=False):
-        tiling = triton.choose_tiling(heads, 1, 128, packed=packed)
-        return triton.choose_splits(heads, slots, tiling)
+    def splits(heads, slots, held=jnp.dtype(jnp.bfloat16), group=1):
+        return triton.choose_splits(heads, slots, triton.choose_tiling(heads, group, 128, held))
 
-    assert splits(heads=32, slots=256) == 8
-    assert splits(heads=64, slots=8192) == 4
-    assert splits(heads=8, slots=8192) == 16
+    assert splits(heads=32, slots=64) == 4
+    assert splits(heads=64, slots=8192) == 16
+    assert splits(heads=256, slots=8192) == 4
     assert splits(heads=1024, slots=8192) == 1
-    # Programs of one warp: more of them.
-    assert splits(heads=256, slots=8192, packed=True) == 4
-    assert splits(heads=32, slots=8192, packed=True) == 16
+    # Programs of four warps: fewer of them.
+    assert splits(heads=8, slots=256) == 8
+    assert splits(heads=8, slots=8192) == 32
+    assert splits(heads=256, slots=8192, held=8) == 4
+    assert splits(heads=32, slots=8192, held=8) == 16
+    assert splits(heads=8, slots=256, held=8, group=8) == 4
+    assert splits(heads=64, slots=8192, held=4, group=4) == 16
 
 
 def appended(q, k, v, length, layer):
@@ -241,16 +252,28 @@ def test_adapters_that_the_kernel_does_not_take():
     assert why == "rank 1000 and 4 heads of 16 are too much for the registers"
 
 
-def test_many_queries_of_a_head_are_left_to_xla():
+def test_many_queries_and_long_keys_are_left_to_xla():
     q, k = jax.ShapeDtypeStruct((1, 71, 64), jnp.float32), jnp.ones((1, 1, 8, 64))
     why = triton.unsupported(q, k, k, None, 8, scale=1.0)
-    assert why == "71 queries share a key; the kernel takes 8"
+    assert why == "71 queries share a key; the kernel takes 16"
+    q, k = jax.ShapeDtypeStruct((1, 1, 1024), jnp.float32), jnp.ones((1, 1, 8, 1024))
+    why = triton.unsupported(q, k, k, None, 8, scale=1.0)
+    assert why == "a key has 4096 bytes; the kernel takes 2048"
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize(
-    "shape", [*SHAPES, (1, 32, 32, 4096, 128, 3000), (2, 64, 8, 512, 128, 300)]
+    "shape",
+    [
+        *SHAPES,
+        (1, 32, 32, 4096, 128, 3000),
+        (2, 64, 8, 512, 128, 300),
+        (1, 8, 4, 300, 256, 290),
+        (8, 8, 4, 300, 256, 290),
+        (1, 16, 1, 700, 128, 650),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_kernel_agrees_with_float64_on_a_gpu(shape, dtype):

@@ -84,6 +84,16 @@ def test_attention_agrees_with_float64(shape, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_products_of_float16_agree_with_float64(bits):
+    (q, k, v, mask), exact = problem(2, 8, 2, 130, 64, length=100, bits=bits)
+    q = q.astype(jnp.bfloat16)
+    y = triton.decode_attention(q, k, v, mask, 100, scale=0.2, interpret=True)
+    # Keys and values to 6, and weights, are rounded to 2^-12 of them each; the result to 2^-9.
+    want = expected(q, *exact, mask, 0.2)
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2**-9, atol=6 * 2**-9)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_slots_after_the_length_are_not_read(bits):
     (q, k, v, mask), exact = problem(1, 2, 2, 256, 64, length=70, bits=bits)
     # Of the group that the length is in, a step belongs to keys before it too.
@@ -112,9 +122,9 @@ def test_the_kernel_lowers_for_cuda(shape, bits):
 
 def test_what_is_left_to_xla():
     shape = jax.ShapeDtypeStruct
-    (q, k, v, mask), _ = problem(1, 9, 1, 70, 16, length=9, bits=8)
+    (q, k, v, mask), _ = problem(1, 17, 1, 70, 16, length=9, bits=8)
     why = functools.partial(triton.unsupported, mask=mask, length=9, scale=1.0)
-    assert why(q, k, v) == "9 queries share a key; the kernel takes 8"
+    assert why(q, k, v) == "17 queries share a key; the kernel takes 16"
     few = Packed(shape((1, 1, 3, 32, 16), jnp.uint8), k.step, k.low, 8)
     assert why(q[:, :1], few, v) == "32 keys are a group; the kernel takes multiples of 64"
     odd = Packed(shape((1, 1, 70, 1, 5), jnp.uint8), v.step, v.low, 8)
@@ -166,3 +176,17 @@ def test_the_kernel_agrees_with_float64_on_a_gpu(shape, bits):
     y = attend(q, k, v, mask, jnp.int32(length), layer=jnp.int32(1))
     want = expected(q, keys[1], values[1], mask, 0.2)
     np.testing.assert_allclose(y, want, atol=ROUNDINGS)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(1, 64, 8, 512, 128, 300), (8, 32, 8, 512, 128, 300)], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_of_float16_agree_with_float64_on_a_gpu(shape, bits):
+    *sizes, length = shape
+    (q, k, v, mask), exact = problem(*sizes, length=length, bits=bits)
+    q = q.astype(jnp.bfloat16)
+    attend = jax.jit(functools.partial(decode_attention, scale=0.2, implementation="triton"))
+    want = expected(q, *exact, mask, 0.2)
+    y = attend(q, k, v, mask, jnp.int32(length)).astype(jnp.float32)
+    np.testing.assert_allclose(y, want, rtol=2**-9, atol=6 * 2**-9)  # as on a CPU, above
