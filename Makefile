@@ -4,6 +4,9 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 WORKERS ?= 2
 NOT_GPU := not gpu
+# What a kernel's choice changes: gradients, vmap, scan and layers on top of traced kernels.
+AS_IF_H100 := tests/core/test_formats.py tests/core/test_qtensor.py tests/nn/test_linen_box.py \
+	tests/nn/test_nnx_transforms.py tests/ops/test_matmul.py tests/swap/test_formats.py
 # Suites of the oldest supported versions: the public behaviour, without the long searches.
 OLDEST_TESTS := not (gpu or slow or property or notebook or process)
 
@@ -57,6 +60,7 @@ test: $(VENV)/.stamp
 
 test-all: $(VENV)/.stamp-model
 	$(BIN)/python -m pytest -n $(WORKERS) -m "$(NOT_GPU)"
+	$(BIN)/python -m pytest -n $(WORKERS) --as-if-h100 -k "not mesh" $(AS_IF_H100)
 	$(MAKE) test-oldest
 
 test-oldest: $(OLDEST)/.stamp

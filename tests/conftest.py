@@ -11,11 +11,21 @@ TESTS = pathlib.Path(__file__).parent
 STRICT_FOLDERS = {"pallas_kernels", "core", "ops", "nn"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option for what CPU tests see of the kernels' side."""
+    parser.addoption(
+        "--as-if-h100",
+        action="store_true",
+        help="choose kernels as on one H100: they are traced, and XLA runs in their place",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set what JAX reads at its import, before any test module imports it."""
     flags = os.environ.get("XLA_FLAGS", "")
     if "host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+        count = 1 if config.option.as_if_h100 else 8
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
     if not config.option.markexpr.startswith("gpu"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -42,6 +52,16 @@ def strict_numerics(request: pytest.FixtureRequest):
 
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def as_if_h100(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """With the option of this name, ops are dispatched as on one H100."""
+    if request.config.option.as_if_h100:
+        from pallas_kernels import dispatch
+
+        h100 = dispatch.Target("gpu", "NVIDIA H100 80GB HBM3", dispatch.HOPPER)
+        monkeypatch.setattr(dispatch, "target", lambda: h100)
 
 
 @pytest.fixture(scope="session")
