@@ -57,6 +57,7 @@ class Layout:
         # An instruction more a lookup, where x leaves no room.
         crowded = self.teams == 4 and self.columns > 88
         self.pitch = pair_table.PITCH if crowded else pair_table.WIDE
+        self.late = self._late(crowded)
         self.stripe = 8 * self.teams
         self.stripes = math.ceil(self.columns / self.stripe)
         self.together = min(max(1, 16 // self.stripes), self.others)  # sums loaded at once
@@ -64,6 +65,18 @@ class Layout:
         self.received = (self.cluster - 1) * self.own_stripes * SUMS  # bytes, from the others
         self.staged = "packed" if self.once else "staging"  # where
         self.staging = tiles.stages * PACKED if self.once else 2 * SUMS  # bytes
+
+    def _late(self, crowded: bool) -> int:
+        """How many parts of a panel, the first, are refilled once the product after them runs.
+
+        That product starts earlier so. But a team of several warpgroups would wait for its last one
+        in the midst of decoding; and after the last part of a panel the next is decoded first, so
+        that a late refill gained in few cases alone (`benchmarks/NOTES.md`).
+        """
+        panels = math.ceil(self.total / (self.teams * self.blocks))  # of a team
+        if self.teams < 4 or (self.parts == 4 and panels > 3):
+            return 0
+        return self.parts if self.parts == 4 and panels > 1 and not crowded else self.parts - 1
 
     def _cluster(self) -> int:
         """The blocks of a cluster."""

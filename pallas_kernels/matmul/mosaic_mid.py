@@ -100,24 +100,36 @@ class _Block:
         values = scales.read(slot, 0, self.layout.panel.scales.columns)
         pairs = [[mg.pack_pair(s, s, self.problem.dtype) for s in row] for row in values]
         a = self.decode_part(slot, 0, pairs)
+        parts, late = self.layout.parts, self.layout.late
         for k in range(0, PANEL, depth):
-            part, within = divmod(k, self.tiles.x_depth)
-            part = i * self.layout.parts + part
-            if within == 0:
+            number, within = divmod(k, self.tiles.x_depth)
+            part = i * parts + number
+            if within == 0 and (number == 0 or not late):
                 x = self.x.wait(part)
             operand = self.x.operand(x, within)
             acc = mg.wgmma_start(acc, a, operand, 32 >> 4, self.problem.dtype)
+            if within == 0 and (number - 1) % parts < late:
+                self.refill(part - 1)
             upcoming = []
             if k + depth < PANEL:
                 upcoming = self.decode_part(slot, k + depth, pairs)
             if k + 2 * depth == PANEL:  # the panel is read
                 mg.sync_warp()
                 self.copy_panel(i + self.tiles.stages)
+            ends = within + depth == self.tiles.x_depth
+            if ends and late and number + 1 < parts:
+                x = self.x.wait(part + 1)
             acc = mg.wgmma_finish(acc, a)
-            if within + depth == self.tiles.x_depth:
-                self.x.leave(part, self.count * self.layout.parts, self.first_k)
+            if ends:
+                self.x.leave(part)
+                if number >= late:
+                    self.refill(part)
             a = upcoming
         return acc
+
+    def refill(self, part: mg.Int) -> None:
+        """After a part of x is left: bring another to its place."""
+        self.x.refill(part, self.count * self.layout.parts, self.first_k)
 
     def decode_part(self, slot: mg.Int, k: int, scales: list[list[mg.Int]]) -> list[mg.Int]:
         """The left operand of a panel's part from k on: 4 words of pairs for each 16 k."""

@@ -52,7 +52,7 @@ class XLayout:
 class XRing:
     """One thread's view of its team's ring.
 
-    All warps of the team, for each part in turn: `wait`, use `operand`, `leave`.
+    All warps of the team, for each part in turn: `wait`, use `operand`, `leave`, `refill`.
     """
 
     def __init__(self, context, layout: XLayout, team: mg.Int, warp: mg.Int, x, scratch: dict):
@@ -94,20 +94,24 @@ class XRing:
         """The descriptor of the right operand from k of a part on; 16 k are 32 bytes."""
         return mg.swizzled_descriptor(start + (k // BOX * self.box_bytes + k % BOX * 2))
 
-    def leave(self, part: mg.Int, count: mg.Int, k_of: Callable[[mg.Int], mg.Int]) -> None:
-        """Leave a part of x; a warp in turn refills the place of one that all have left.
-
-        With 3 stages or more that is the part before, so that nobody waits. With 2 it is this one:
-        the next must be on its way before anyone waits for it. `count` are the team's parts, and
-        `k_of` gives the first k of one.
-        """
-        stages, lag = self.layout.stages, min(1, self.layout.stages - 2)
+    def leave(self, part: mg.Int) -> None:
+        """Leave a part of x; `refill` must follow, at once or later."""
         mg.sync_warp()
         with mg.when((mg.thread_index() & 31).equals(0)):
-            self.barriers.arrive(part % stages + stages)
-            turn = self.warp.equals(part % self.layout.warps)
-            wanted = part + (stages - lag) < count
-            with mg.when(mg.both(mg.both(turn, wanted), mg.Int(lag) < part + 1)):
-                left = part - lag
-                self.barriers.wait(left % stages + stages, left // stages & 1)
-                self.copy(left + stages, k_of(left + stages))
+            self.barriers.arrive(part % self.layout.stages + self.layout.stages)
+
+    def refill(self, part: mg.Int, count: mg.Int, k_of: Callable[[mg.Int], mg.Int]) -> None:
+        """Refill, by a warp in turn, the place of one that all have left, after a part is left.
+
+        With 3 stages or more that is the place of the part before, so that nobody waits. With 2 it
+        is this part's: the next must be on its way before anyone waits for it. `count` are the
+        team's parts, and `k_of` gives the first k of one. After part -1 nothing happens.
+        """
+        stages, lag = self.layout.stages, min(1, self.layout.stages - 2)
+        turn = self.warp.equals(part % self.layout.warps)
+        wanted = mg.both(part + (stages - lag) < count, mg.Int(lag) < part + 1)
+        first_lane = (mg.thread_index() & 31).equals(0)
+        with mg.when(mg.both(mg.both(turn, wanted), first_lane)):
+            left = part - lag
+            self.barriers.wait(left % stages + stages, left // stages & 1)
+            self.copy(left + stages, k_of(left + stages))
