@@ -70,13 +70,11 @@ class Layout:
         """How many parts of a panel, the first, are refilled once the product after them runs.
 
         That product starts earlier so. But a team of several warpgroups would wait for its last one
-        in the midst of decoding; and after the last part of a panel the next is decoded first, so
-        that a late refill gained in few cases alone (`benchmarks/NOTES.md`).
+        in the midst of decoding, and many small parts gain nothing (`benchmarks/NOTES.md`).
         """
         panels = math.ceil(self.total / (self.teams * self.blocks))  # of a team
-        if self.teams < 4 or (self.parts == 4 and panels > 3):
-            return 0
-        return self.parts if self.parts == 4 and panels > 1 and not crowded else self.parts - 1
+        few = panels <= (3 if crowded else 1)
+        return self.parts - 1 if self.teams == 4 and (self.parts < 4 or few) else 0
 
     def _cluster(self) -> int:
         """The blocks of a cluster."""

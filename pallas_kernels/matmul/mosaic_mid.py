@@ -108,7 +108,7 @@ class _Block:
                 x = self.x.wait(part)
             operand = self.x.operand(x, within)
             acc = mg.wgmma_start(acc, a, operand, 32 >> 4, self.problem.dtype)
-            if within == 0 and (number - 1) % parts < late:
+            if within == 0 and 0 < number <= late:
                 self.refill(part - 1)
             upcoming = []
             if k + depth < PANEL:

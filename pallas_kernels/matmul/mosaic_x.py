@@ -105,7 +105,7 @@ class XRing:
 
         With 3 stages or more that is the place of the part before, so that nobody waits. With 2 it
         is this part's: the next must be on its way before anyone waits for it. `count` are the
-        team's parts, and `k_of` gives the first k of one. After part -1 nothing happens.
+        team's parts, and `k_of` gives the first k of one.
         """
         stages, lag = self.layout.stages, min(1, self.layout.stages - 2)
         turn = self.warp.equals(part % self.layout.warps)

@@ -22,7 +22,6 @@ _H100 = {
     (32, 4096, 14336): MidTiles(128, 2, 2, 128, teams=4, cluster=True),
     (64, 4096, 14336): MidTiles(128, 2, 2, 128),
     (4, 8192, 28672): DecodeTiles(8, 2, 3, shared_x=True),
-    (64, 5120, 2880): MidTiles(80, 2, 2, 64, teams=4),
     (32, 2560, 9728): MidTiles(80, 2, 2, 256, cluster=True),
     (32, 2048, 1024): MidTiles(64, 2, 2, 128, teams=4, cluster=True),
 }
