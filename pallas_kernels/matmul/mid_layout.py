@@ -66,15 +66,15 @@ class Layout:
         self.staged = "packed" if self.once else "staging"  # where
         self.staging = tiles.stages * PACKED if self.once else 2 * SUMS  # bytes
 
-    def _late(self, crowded: bool) -> int:
-        """How many parts of a panel, the first, are refilled once the product after them runs.
+    def _late(self, crowded: bool) -> bool:
+        """Whether the place of a part is refilled once the product of the next part runs.
 
         That product starts earlier so. But a team of several warpgroups would wait for its last one
         in the midst of decoding, and many small parts gain nothing (`benchmarks/NOTES.md`).
         """
         panels = math.ceil(self.total / (self.teams * self.blocks))  # of a team
         few = panels <= (3 if crowded else 1)
-        return self.parts - 1 if self.teams == 4 and (self.parts < 4 or few) else 0
+        return self.teams == 4 and (self.parts < 4 or few)
 
     def _cluster(self) -> int:
         """The blocks of a cluster."""

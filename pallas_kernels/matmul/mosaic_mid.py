@@ -104,11 +104,11 @@ class _Block:
         for k in range(0, PANEL, depth):
             number, within = divmod(k, self.tiles.x_depth)
             part = i * parts + number
-            if within == 0 and (number == 0 or not late):
+            if within == 0 and (not late or number == 0):
                 x = self.x.wait(part)
             operand = self.x.operand(x, within)
             acc = mg.wgmma_start(acc, a, operand, 32 >> 4, self.problem.dtype)
-            if within == 0 and 0 < number <= late:
+            if within == 0 and late and number > 0:
                 self.refill(part - 1)
             upcoming = []
             if k + depth < PANEL:
@@ -116,13 +116,13 @@ class _Block:
             if k + 2 * depth == PANEL:  # the panel is read
                 mg.sync_warp()
                 self.copy_panel(i + self.tiles.stages)
-            ends = within + depth == self.tiles.x_depth
-            if ends and late and number + 1 < parts:
+            ends, late_here = within + depth == self.tiles.x_depth, late and number + 1 < parts
+            if ends and late_here:
                 x = self.x.wait(part + 1)
             acc = mg.wgmma_finish(acc, a)
             if ends:
                 self.x.leave(part)
-                if number >= late:
+                if not late_here:
                     self.refill(part)
             a = upcoming
         return acc
