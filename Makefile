@@ -4,7 +4,8 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 WORKERS ?= 2
 NOT_GPU := not gpu
-# What a kernel's choice changes: gradients, vmap, scan and layers on top of traced kernels.
+# What a kernel's choice changes: gradients, vmap, scan and layers on top of traced kernels. One
+# device has no mesh.
 AS_IF_H100 := tests/core/test_formats.py tests/core/test_qtensor.py tests/nn/test_linen_box.py \
 	tests/nn/test_nnx_transforms.py tests/ops/test_matmul.py tests/swap/test_formats.py
 # Suites of the oldest supported versions: the public behaviour, without the long searches.

@@ -1,4 +1,4 @@
-"""What a program of `triton` reads of each kind of cache: tiles of keys and values as floats.
+"""How programs walk along a cache, and what `products` reads of each kind: tiles as floats.
 
 The channels of a head lie in one or more arrays of columns; a tile has an array for each.
 """

@@ -7,6 +7,8 @@ import pytest
 
 from pallas_kernels import append_packed
 from pallas_kernels.append_packed import triton
+from pallas_kernels.packed import Packed
+from pallas_kernels.packing import unpack
 from tests.pallas_kernels.problems import lower
 from tests.pallas_kernels.test_packed_attention import problem
 
@@ -121,3 +123,16 @@ def test_a_token_joins_the_cache_on_a_gpu(shape, bits):
     )
     found = call(*held[:2], *jax.tree.map(jnp.copy, held[2:]), jnp.int32(shape[-1]), jnp.int32(1))
     check(found, *held, shape[-1], 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_of_a_prompt_fit_the_step_as_stored_on_a_gpu(bits):
+    x = np.random.default_rng(2).standard_normal((4, 64, 128)).astype(np.float32)
+    found = jax.jit(lambda x: Packed.encode(x, -2, bits))(x)
+    codes = np.asarray(found.codes if bits == 8 else unpack(found.codes))
+    step, low = (np.asarray(a, np.float64) for a in (found.step, found.low))
+    want = np.clip(np.rint((x - low) / step), 0, 2**bits - 1)
+    # Ties, as XLA's division on a GPU may be two units in the last place off. Of codes by steps
+    # that are not rounded 2.5 % differ in 8 bits, 0.14 % in 4.
+    assert np.mean(codes != want) <= 1e-3

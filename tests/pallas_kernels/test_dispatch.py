@@ -182,6 +182,12 @@ def test_a_named_implementation_that_refuses_gives_all_its_reasons():
     assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (64,)])
+def test_a_weight_to_quantize_has_rows(shape):
+    with pytest.raises(ValueError, match=r"w must be \[N, K\], not empty, and has shape"):
+        pallas_kernels.quantize(jnp.ones(shape), np.linspace(-1, 1, 16), block_size=BLOCK)
+
+
 @pytest.mark.parametrize("op", ["quantize", "dequantize"])
 def test_an_op_without_the_named_implementation_says_so(op):
     with pytest.raises(NotImplementedError, match="mosaic_gpu': it has no such backend"):
